@@ -1,0 +1,354 @@
+"""Frozen, hashable configurations; an unknown key or a bad value is an error.
+
+Static sizes live here and are compiled in. What may change without compiling
+again (temperature, seed, filters) is a pytree: `d2sd_jax.sampling.Sampling`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from d2sd_jax.errors import UsageError, require
+
+MODES = ("ar", "dflash", "d2sd")
+DTYPES = ("float32", "bfloat16")
+ROLES = ("dflash", "vp_drafter")
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetConfig:
+  """Shape of a Llama-family target (Qwen3 is `qk_norm=True`)."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+  rms_norm_eps: float
+  max_length: int
+  tied_head: bool
+  qk_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrafterConfig:
+  """Shape of a drafter; both drafters share the architecture.
+
+  Attributes:
+    block_size: slots in a block, the anchor included (γ in the paper).
+    mask_token_id: the vocabulary id that stands for a slot to be filled.
+    target_layer_ids: the target layers whose outputs are tapped.
+    training_mode: `dflash` (drafter 1) or `vp_drafter` (drafter 2).
+    prefix_weight_base: β of Eq. 6, the prior the `vp_drafter` trained with.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+  rms_norm_eps: float
+  max_length: int
+  block_size: int
+  mask_token_id: int
+  target_layer_ids: tuple[int, ...]
+  num_target_layers: int
+  training_mode: str = "dflash"
+  prefix_weight_base: float = 0.9
+
+  def __post_init__(self):
+    require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
+    require(
+      self.training_mode in ROLES,
+      "training_mode",
+      self.training_mode,
+      f"one of {', '.join(ROLES)}",
+    )
+    require(
+      0 <= self.mask_token_id < self.vocab_size,
+      "mask_token_id",
+      self.mask_token_id,
+      f"an id of the vocabulary, below {self.vocab_size}",
+    )
+    ids = self.target_layer_ids
+    require(
+      len(ids) > 0
+      and list(ids) == sorted(set(ids))
+      and 0 <= ids[0]
+      and ids[-1] < self.num_target_layers,
+      "target_layer_ids",
+      ids,
+      f"ascending layer numbers below {self.num_target_layers}",
+    )
+
+  def check_fits(self, target: TargetConfig) -> None:
+    """Raises `UsageError` unless the drafter was made for such a target.
+
+    A shared embedding and head force equal widths and vocabularies; taps
+    count the target's layers.
+    """
+    for field, mine, theirs in (
+      ("hidden_size", self.hidden_size, target.hidden_size),
+      ("vocab_size", self.vocab_size, target.vocab_size),
+      ("num_target_layers", self.num_target_layers, target.num_layers),
+    ):
+      require(mine == theirs, f"drafter {field}", mine, f"the target's {theirs}")
+
+
+def default_target_layer_ids(num_layers: int, num_taps: int) -> tuple[int, ...]:
+  """Tapped layers: evenly from 1 to L-3, rounded half to even.
+
+  `default_target_layer_ids(36, 5) == (1, 9, 17, 25, 33)`. A single tap is the
+  middle layer, L // 2.
+  """
+  if num_taps == 1:
+    return (num_layers // 2,)
+  last = num_layers - 3
+  require(
+    1 < num_taps <= last,
+    "num_taps",
+    num_taps,
+    f"1 to {last} for a target of {num_layers} layers",
+  )
+  step = (last - 1) / (num_taps - 1)
+  return tuple(round(1 + step * i) for i in range(num_taps))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeConfig:
+  """What a tree policy may draft: static sizes of the prefix tree.
+
+  Attributes:
+    block_size: slots in the first draft, anchor included (γ).
+    num_branches: branches of the second draft (K).
+    second_block_size: slots of a branch, anchor included; `None` is γ.
+    node_budget: nodes of the tree (R); `None` is as many as can be used.
+    forbid_repeat: a branch may not begin with the token it is to correct.
+  """
+
+  block_size: int = 16
+  num_branches: int = 4
+  second_block_size: int | None = None
+  node_budget: int | None = None
+  forbid_repeat: bool = False
+
+  def __post_init__(self):
+    gamma, branches = self.block_size, self.num_branches
+    require(gamma >= 2, "block_size", gamma, "at least 2")
+    require(
+      0 <= branches <= gamma - 1,
+      "num_branches",
+      branches,
+      f"0 to block_size-1 = {gamma - 1}",
+    )
+    if self.second_block_size is not None:
+      require(
+        self.second_block_size >= gamma,
+        "second_block_size",
+        self.second_block_size,
+        f"at least block_size = {gamma}",
+      )
+    if self.node_budget is not None:
+      require(
+        self.node_budget >= gamma,
+        "node_budget",
+        self.node_budget,
+        f"at least block_size = {gamma}",
+      )
+
+  @property
+  def branch_size(self) -> int:
+    """Slots of one branch of the second draft, anchor included."""
+    return self.second_block_size or self.block_size
+
+  @property
+  def num_nodes(self) -> int:
+    """Nodes R of the tree: the budget, or the most that can ever be used.
+
+    Branch i hangs `branch_size - 1 - i` nodes under trunk node i; the K
+    branches are distinct, so at most the K longest suffixes occur together.
+    """
+    suffixes = (self.branch_size - 1 - i for i in range(self.num_branches))
+    most = self.block_size + sum(suffixes)
+    return min(self.node_budget or most, most)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+  """Everything `decode.py` can be told; `None` means "decide at run time"."""
+
+  target: str = "smollm2-135m"
+  drafter: str = "smollm2-135m-dflash"
+  vp_drafter: str = "smollm2-135m-vp"
+  mode: str = "d2sd"
+  block_size: int | None = None
+  num_branches: int = 4
+  second_block_size: int | None = None
+  node_budget: int | None = None
+  forbid_repeat: bool = False
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  max_new_tokens: int = 256
+  seed: int = 0
+  dtype: str | None = None
+  batch_size: int = 1
+
+  def __post_init__(self):
+    modes = (*MODES, "compare")
+    for field, ok, expected in (
+      ("mode", self.mode in modes, f"one of {', '.join(modes)}"),
+      ("block_size", (self.block_size or 2) >= 2, "at least 2"),
+      ("num_branches", self.num_branches >= 0, "0 or more"),
+      ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+      ("top_k", self.top_k >= 0, "0 (off) or more"),
+      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+      ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+      ("seed", 0 <= self.seed < 2**32, "0 to 2^32-1"),
+      ("batch_size", self.batch_size >= 1, "at least 1"),
+      (
+        "dtype",
+        self.dtype is None or self.dtype in DTYPES,
+        f"one of {', '.join(DTYPES)}",
+      ),
+    ):
+      require(ok, field, getattr(self, field), expected)
+
+  def tree(self, drafter_block_size: int) -> TreeConfig:
+    """The tree sizes; γ defaults to the block the drafter was trained with."""
+    return TreeConfig(
+      block_size=self.block_size or drafter_block_size,
+      num_branches=self.num_branches,
+      second_block_size=self.second_block_size,
+      node_budget=self.node_budget,
+      forbid_repeat=self.forbid_repeat,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+  """One distillation run of one drafter (Sec. 3.4).
+
+  Attributes:
+    role: `dflash` trains drafter 1, `vp_drafter` drafter 2.
+    corpus, heldout: JSON lines of conversations the target answered.
+    init_from: a drafter folder to start from instead of random weights.
+    num_anchors: blocks trained at once in every sequence (A).
+    loss_decay: τ of the slot weights; `None` is the paper's for the block.
+    prefix_decay: β of Eq. 6. min_prefix_length: 0 as in the paper's Eq. 6,
+      1 as in its released code.
+    loss_normalizer: `batch`, one ratio over the global batch, or `example`,
+      the mean of one ratio per sequence.
+  """
+
+  target: str = "smollm2-135m"
+  role: str = "dflash"
+  corpus: str
+  heldout: str
+  init_from: str | None = None
+  num_layers: int = 5
+  block_size: int = 16
+  target_layer_ids: tuple[int, ...] | None = None
+  mask_token_id: int = 16
+  num_anchors: int = 32
+  max_length: int = 512
+  batch_size: int = 64
+  num_steps: int = 3000
+  learning_rate: float = 1e-3
+  warmup_fraction: float = 0.04
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  loss_decay: float | None = None
+  prefix_decay: float = 0.9
+  min_prefix_length: int = 0
+  loss_normalizer: str = "batch"
+  dtype: str = "bfloat16"
+  seed: int = 0
+  log_every: int = 20
+  eval_every: int = 500
+  eval_sequences: int = 256
+  checkpoint_every: int = 500
+
+  def __post_init__(self):
+    for field in (
+      *("num_layers", "num_anchors", "batch_size", "num_steps"),
+      *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
+    ):
+      require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+    for field, ok, expected in (
+      ("role", self.role in ROLES, f"one of {', '.join(ROLES)}"),
+      ("block_size", self.block_size >= 2, "at least 2"),
+      (
+        "max_length",
+        self.max_length > self.block_size,
+        f"more than block_size = {self.block_size}",
+      ),
+      ("learning_rate", self.learning_rate > 0, "above 0"),
+      ("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 to below 1"),
+      ("weight_decay", self.weight_decay >= 0, "0 or more"),
+      ("clip_norm", self.clip_norm > 0, "above 0"),
+      ("loss_decay", (self.loss_decay or 1) > 0, "above 0"),
+      ("prefix_decay", 0 < self.prefix_decay <= 1, "above 0 and at most 1"),
+      (
+        "min_prefix_length",
+        0 <= self.min_prefix_length <= self.block_size - 2,
+        f"0 to block_size-2 = {self.block_size - 2}",
+      ),
+      (
+        "loss_normalizer",
+        self.loss_normalizer in ("batch", "example"),
+        "batch or example",
+      ),
+      ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+      ("seed", 0 <= self.seed < 2**32, "0 to 2^32-1"),
+    ):
+      require(ok, field, getattr(self, field), expected)
+
+
+def from_mapping(cls: type[_T], values: Mapping[str, Any]) -> _T:
+  """Builds a config dataclass; an unknown or missing key is a `UsageError`.
+
+  Types are checked against the field's annotation (an int may stand for a
+  float; a list for a tuple), so that a bad config fails before any work.
+  """
+  fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  for key in values:
+    if key not in fields:
+      raise UsageError(
+        f"config key {key!r}: expected one of {', '.join(sorted(fields))}"
+      )
+  for name, field in fields.items():
+    if field.default is dataclasses.MISSING and name not in values:
+      raise UsageError(f"config key {name!r} is missing from the config")
+  return cls(**{k: _coerce(k, v, fields[k].type) for k, v in values.items()})
+
+
+def _coerce(key: str, value: Any, annotation: Any) -> Any:
+  """`value` as the annotated type, or a `UsageError` that names the key."""
+  if isinstance(value, list):
+    value = tuple(value)
+  if annotation in (float, float | None) and type(value) is int:
+    value = float(value)
+  optional = value is None and isinstance(None, annotation_types(annotation))
+  kinds = annotation_types(annotation)
+  right = optional or (
+    isinstance(value, kinds) and not (type(value) is bool and bool not in kinds)
+  )
+  expected = " or ".join(k.__name__ for k in kinds)
+  require(right, f"config key {key}", value, f"a value of type {expected}")
+  return value
+
+
+def annotation_types(annotation: Any) -> tuple[type, ...]:
+  """The plain classes of an annotation such as `int | None`."""
+  members = getattr(annotation, "__args__", None)
+  if members is None or getattr(annotation, "__origin__", None) is tuple:
+    return (getattr(annotation, "__origin__", annotation),)
+  return tuple(t for m in members for t in annotation_types(m))

@@ -1,0 +1,1 @@
+"""Decoding: one state, one cycle, one loop; a mode is a tree policy."""

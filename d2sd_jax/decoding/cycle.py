@@ -1,0 +1,137 @@
+"""One decode cycle, in the order of Sec. 3.1-3.3."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from d2sd_jax.config import TreeConfig
+from d2sd_jax.decoding.policies import TreePolicy
+from d2sd_jax.decoding.state import DecodeState, Models
+from d2sd_jax.models.cache import append, commit_path
+from d2sd_jax.models.target import TargetOutput
+from d2sd_jax.sampling import Sampling
+from d2sd_jax.tree import ANCHOR, PrefixTree
+from d2sd_jax.typing import Array, Bool, Int
+from d2sd_jax.verify import Verdict, longest_accepted_path, target_choices
+
+
+def decode_cycle(
+  models: Models,
+  state: DecodeState,
+  sampling: Sampling,
+  *,
+  policy: TreePolicy,
+  config: TreeConfig,
+) -> DecodeState:
+  """Drafts a tree, verifies it in one pass, and commits 1 to γ tokens a row.
+
+  Pure, with static shapes: one trace serves all lengths. Rows that have
+  finished go through unchanged.
+
+  Args:
+    models: target and as many drafters as the policy uses.
+    state: see `DecodeState`; donate it.
+    sampling: how the target chooses.
+    policy: which nodes the tree has, the mode (`POLICIES`).
+    config: static sizes of the tree.
+
+  Returns:
+    The state after the cycle.
+  """
+  tree = policy.build(models, state, config)
+  scores = models.target.score_tree(
+    tree, state.target_cache, state.lengths, models.taps
+  )
+  choices = target_choices(
+    scores.logits,
+    state.lengths[:, None] + tree.depths,
+    state.sequence_ids,
+    sampling,
+  )
+  verdict = longest_accepted_path(tree, choices, policy.max_path(config))
+  return commit(models, state, tree, scores, verdict)
+
+
+def commit(
+  models: Models,
+  state: DecodeState,
+  tree: PrefixTree,
+  scores: TargetOutput,
+  verdict: Verdict,
+) -> DecodeState:
+  """Moves the accepted path into the caches and the tokens of every row.
+
+  Only the path's keys and values reach the target's cache, only its features
+  the drafters'; one static slab each, whose rows past the new length are
+  hidden by it. A stop id or the length limit inside the path ends the row.
+
+  Args:
+    models: target and drafters.
+    state: the state before the cycle.
+    tree: the candidates.
+    scores: the target's pass over them.
+    verdict: the accepted path.
+
+  Returns:
+    The state after the cycle.
+  """
+  path = verdict.path
+  new_tokens, origins = _new_tokens(tree, verdict)
+  count, finished = _count_committed(state, new_tokens, verdict.num_accepted)
+  positions = state.lengths[:, None] + jnp.arange(path.shape[1])
+  features = jnp.take_along_axis(
+    scores.features, path[:, :, None, None], axis=1
+  )
+
+  def extend(drafter, cache):
+    own = models.features_of(drafter, features)
+    return append(cache, drafter.context_kv(own, positions), state.lengths)
+
+  at = jnp.arange(path.shape[0])[:, None], positions + 1
+  return dataclasses.replace(
+    state,
+    tokens=state.tokens.at[at].set(new_tokens),
+    origins=state.origins.at[at].set(origins),
+    lengths=state.lengths + count,
+    finished=finished,
+    target_cache=commit_path(
+      state.target_cache, scores.kv, path, state.lengths
+    ),
+    drafter_caches=tuple(
+      extend(drafter, cache)
+      for drafter, cache in zip(
+        models.drafters, state.drafter_caches, strict=True
+      )
+    ),
+    accepted=state.accepted.at[:, state.num_cycles].set(count),
+    num_cycles=state.num_cycles + 1,
+  )
+
+
+def _new_tokens(
+  tree: PrefixTree, verdict: Verdict
+) -> tuple[Int[Array, "B P"], Int[Array, "B P"]]:
+  """Accepted tokens, then the next anchor; and where each came from."""
+  on_path = lambda x: jnp.take_along_axis(
+    x, jnp.roll(verdict.path, -1, axis=1), axis=1
+  )
+  last = jnp.arange(verdict.path.shape[1]) >= verdict.num_accepted[:, None]
+  tokens = jnp.where(last, verdict.next_anchor[:, None], on_path(tree.tokens))
+  return tokens, jnp.where(last, ANCHOR, on_path(tree.origins))
+
+
+def _count_committed(
+  state: DecodeState,
+  new_tokens: Int[Array, "B P"],
+  num_accepted: Int[Array, " B"],
+) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+  """Tokens that count after stop ids and limits, and who has finished."""
+  room = state.last_positions - state.lengths
+  index = jnp.arange(new_tokens.shape[1])
+  stops = (new_tokens[:, :, None] == state.stop_ids).any(-1)
+  stops &= index <= num_accepted[:, None]
+  first_stop = jnp.where(stops, index, new_tokens.shape[1]).min(-1)
+  count = jnp.minimum(jnp.minimum(num_accepted, first_stop) + 1, room)
+  count = jnp.where(state.finished, 0, count)
+  stopped = first_stop < count
+  return count, state.finished | stopped | (count >= room)

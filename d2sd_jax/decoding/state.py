@@ -1,0 +1,147 @@
+"""The state of decoding, and its one allocator."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from d2sd_jax.models.cache import KVCache, append
+from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.sampling import Sampling
+from d2sd_jax.typing import Array, Bool, Float, Int
+from d2sd_jax.verify import target_choices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+  """A target and as many drafters as the tree policy uses (0, 1 or 2).
+
+  Attributes:
+    target: implements `Target`.
+    drafters: drafter 1, then the `vp_drafter`.
+  """
+
+  target: Any
+  drafters: tuple[Drafter, ...] = ()
+
+  @property
+  def taps(self) -> tuple[int, ...]:
+    """Target layers any drafter reads, ascending."""
+    ids = (d.config.target_layer_ids for d in self.drafters)
+    return tuple(sorted({i for layer_ids in ids for i in layer_ids}))
+
+  def features_of(
+    self, drafter: Drafter, features: Float[Array, "B R taps D"]
+  ) -> Float[Array, "B R own_taps D"]:
+    """One drafter's own taps among all that were taken."""
+    own = [self.taps.index(i) for i in drafter.config.target_layer_ids]
+    return features if len(own) == len(self.taps) else features[:, :, own]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+  """What a decode cycle reads and returns; donate it.
+
+  At the start of a cycle every cache holds exactly tokens `[0, lengths)`; the
+  token at index `lengths` is the anchor: committed, without keys and values.
+
+  Attributes:
+    tokens: prompt and committed tokens; what lies past the anchor is garbage.
+    lengths: n, rows of the caches in use.
+    last_positions: index that the last token of a row may have.
+    finished: the row committed a stop id or reached its last position.
+    stop_ids: ids that end a row.
+    sequence_ids: the prompt's index in the input, for sampling noise.
+    target_cache: the target's keys and values.
+    drafter_caches: one per drafter: its keys and values of target features.
+    num_cycles: cycles run so far.
+    accepted: tokens each cycle committed; 0 once a row had finished.
+    origins: which pass proposed each token (`d2sd_jax.tree`); the target's own
+      choices are `ANCHOR`.
+  """
+
+  tokens: Int[Array, "B S"]
+  lengths: Int[Array, " B"]
+  last_positions: Int[Array, " B"]
+  finished: Bool[Array, " B"]
+  stop_ids: Int[Array, " stops"]
+  sequence_ids: Int[Array, " B"]
+  target_cache: KVCache
+  drafter_caches: tuple[KVCache, ...]
+  num_cycles: Int[Array, ""]
+  accepted: Int[Array, "B S"]
+  origins: Int[Array, "B S"]
+
+  @property
+  def anchors(self) -> Int[Array, " B"]:
+    """The last committed token of each row."""
+    index = self.lengths[:, None]
+    return jnp.take_along_axis(self.tokens, index, axis=1)[:, 0]
+
+
+def prefill(
+  models: Models,
+  tokens: Int[Array, "B T"],
+  prompt_lengths: Int[Array, " B"],
+  max_new_tokens: Int[Array, " B"],
+  sequence_ids: Int[Array, " B"],
+  stop_ids: Int[Array, " stops"],
+  sampling: Sampling,
+  *,
+  capacity: int,
+) -> DecodeState:
+  """Runs the prompts and chooses the first anchor of every row.
+
+  Args:
+    models: target and drafters.
+    tokens: prompts, padded on the right to T; any padding id will do.
+    prompt_lengths: real tokens of each prompt, at least 1.
+    max_new_tokens: limit of each row; 0 for a row that is only there to fill
+      the batch, which then is finished from the start.
+    sequence_ids: index of each prompt in the input.
+    stop_ids: ids that end a row.
+    sampling: how tokens are chosen.
+    capacity: S, rows of all caches; at least T, and at least the longest
+      prompt plus its new tokens plus the longest path of a tree.
+
+  Returns:
+    The state before the first cycle; its first new token is the anchor.
+  """
+  batch, size = tokens.shape
+  output = models.target.prefill(tokens, prompt_lengths, models.taps)
+  first = target_choices(
+    output.logits[:, None],
+    prompt_lengths[:, None] - 1,
+    sequence_ids,
+    sampling,
+  )
+  start = jnp.zeros((batch,), jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(size), tokens.shape)
+
+  def context(drafter):
+    features = models.features_of(drafter, output.features)
+    rows = drafter.context_kv(features, positions)
+    return append(drafter.init_cache(batch, capacity), rows, start)
+
+  last_positions = prompt_lengths + max_new_tokens - 1
+  stopped = (first == stop_ids).any(-1) | (prompt_lengths >= last_positions)
+  buffer = jnp.zeros((batch, capacity), jnp.int32).at[:, :size].set(tokens)
+  rows = jnp.arange(batch)
+  return DecodeState(
+    tokens=buffer.at[rows, prompt_lengths].set(first[:, 0]),
+    lengths=prompt_lengths.astype(jnp.int32),
+    last_positions=last_positions.astype(jnp.int32),
+    finished=stopped,
+    stop_ids=stop_ids,
+    sequence_ids=sequence_ids,
+    target_cache=append(
+      models.target.init_cache(batch, capacity), output.kv, start
+    ),
+    drafter_caches=tuple(context(d) for d in models.drafters),
+    num_cycles=jnp.int32(0),
+    accepted=jnp.zeros((batch, capacity), jnp.int32),
+    origins=jnp.zeros((batch, capacity), jnp.int8),
+  )

@@ -1,0 +1,17 @@
+"""The one exception a user's mistake raises, and the check that raises it."""
+
+from typing import Any
+
+
+class UsageError(ValueError):
+  """A mistake in what the user passed: flag, config field, file or argument.
+
+  Its message is one line that names the field, the value and what was
+  expected. The scripts print it on standard error and exit with status 2.
+  """
+
+
+def require(condition: bool, field: str, value: Any, expected: str) -> None:
+  """Raises `UsageError("field=value: expected ...")` unless `condition`."""
+  if not condition:
+    raise UsageError(f"{field}={value!r}: expected {expected}")

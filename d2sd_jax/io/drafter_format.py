@@ -1,0 +1,260 @@
+"""The drafter checkpoint: one Hugging Face folder that others serve too.
+
+`config.json` and `model.safetensors`, laid out as published DFlash drafters
+are. Strict both ways: a tensor that is missing, left over or of another shape
+is an error that names it, and so is any setting that would change the
+computation and is not supported here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from d2sd_jax.config import DrafterConfig, TargetConfig
+from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.paths import atomic_write
+from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.target import LAYER_TENSORS
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+# Settings that would change the computation, and the values that do not.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  "attention_bias": (False, None),
+  "attention_dropout": (0, None),
+  "causal": (False, None),
+  "draft_vocab_size": (None,),
+  "hidden_act": ("silu", None),
+  "mlp_bias": (False, None),
+  "projector_type": (None, "linear"),
+  "sliding_window": (None,),
+  "use_sliding_window": (False, None),
+  "use_swa": (False, None),
+}
+
+
+def save_drafter(drafter: Drafter, folder: str | Path) -> None:
+  """Writes `drafter` as a checkpoint folder, weights in bfloat16.
+
+  The same weights give the same bytes. Each file appears whole or not at all.
+
+  Args:
+    drafter: what to write.
+    folder: made if missing; files of these two names in it are replaced.
+  """
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  tensors = {
+    name: np.ascontiguousarray(value.astype(jnp.bfloat16))
+    for name, value in _tensors_of(drafter).items()
+  }
+  with atomic_write(folder / WEIGHTS_FILE) as path:
+    save_file(tensors, path, metadata={"format": "pt"})
+  text = json.dumps(_to_json(drafter.config), indent=2, sort_keys=True)
+  with atomic_write(folder / CONFIG_FILE) as path:
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_drafter_folder(
+  folder: str | Path,
+  target: TargetConfig | None = None,
+  dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Drafter:
+  """Reads a checkpoint folder.
+
+  Args:
+    folder: holds `config.json` and `model.safetensors`.
+    target: the target it is meant for, checked if given.
+    dtype: of the weights in memory.
+
+  Raises:
+    UsageError: a file is missing, damaged, unsupported, or does not fit.
+  """
+  folder = Path(folder)
+  config = read_drafter_config(folder, target)
+  path = folder / WEIGHTS_FILE
+  require(path.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}")
+  try:
+    tensors = load_file(path)
+  except (safetensors.SafetensorError, OSError, ValueError) as error:
+    raise UsageError(
+      f"{path}: expected a whole safetensors file ({_one_line(error)})"
+    ) from error
+  return _fill(config, tensors, path, dtype)
+
+
+def read_drafter_config(
+  folder: str | Path, target: TargetConfig | None = None
+) -> DrafterConfig:
+  """Reads and checks `config.json` alone; see `load_drafter_folder`."""
+  path = Path(folder) / CONFIG_FILE
+  require(path.is_file(), "drafter", str(folder), f"a folder with {CONFIG_FILE}")
+  try:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UsageError(f"{path}: expected JSON ({_one_line(error)})") from error
+  if not isinstance(raw, dict) or not isinstance(
+    raw.get("dflash_config", {}), dict
+  ):
+    raise UsageError(f"{path}: expected a JSON object of a drafter's config")
+  try:
+    config = _from_json(raw)
+    if target is not None:
+      config.check_fits(target)
+  except UsageError as error:
+    raise UsageError(f"{path}: {error}") from error
+  return config
+
+
+def _to_json(config: DrafterConfig) -> dict[str, Any]:
+  """`config.json`, with both spellings of what loaders disagree on."""
+  dflash: dict[str, Any] = {
+    "mask_token_id": config.mask_token_id,
+    "target_layer_ids": list(config.target_layer_ids),
+    "block_size": config.block_size,
+  }
+  if config.training_mode == "vp_drafter":
+    dflash["training_mode"] = config.training_mode
+    dflash["prefix_weight_base"] = config.prefix_weight_base
+  rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+  return {
+    "architectures": ["DFlashDraftModel"],
+    "attention_bias": False,
+    "block_size": config.block_size,
+    "dflash_config": dflash,
+    "dtype": "bfloat16",
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "layer_types": ["full_attention"] * config.num_layers,
+    "max_position_embeddings": config.max_length,
+    "model_type": "qwen3",
+    "num_attention_heads": config.num_heads,
+    "num_hidden_layers": config.num_layers,
+    "num_key_value_heads": config.num_kv_heads,
+    "num_target_layers": config.num_target_layers,
+    "rms_norm_eps": config.rms_norm_eps,
+    "rope_parameters": rope,
+    "rope_theta": config.rope_theta,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "vocab_size": config.vocab_size,
+  }
+
+
+def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
+  """The config, or a `UsageError` that names the key."""
+  dflash = raw.get("dflash_config", {})
+  _refuse_unsupported({**raw, **dflash})
+
+  def integer(source: Mapping[str, Any], key: str) -> int:
+    value = source.get(key)
+    require(type(value) is int, key, value, "a whole number")
+    return value  # type: ignore[return-value]
+
+  def real(source: Mapping[str, Any], key: str) -> float:
+    value = source.get(key)
+    require(type(value) in (int, float), key, value, "a number")
+    return float(value)  # type: ignore[arg-type]
+
+  ids = dflash.get("target_layer_ids")
+  whole = isinstance(ids, list) and all(type(i) is int for i in ids)
+  require(whole, "target_layer_ids", ids, "a list of layer numbers")
+  rope = raw.get("rope_parameters") or {}
+  in_rope = "rope_theta" in rope
+  return DrafterConfig(
+    vocab_size=integer(raw, "vocab_size"),
+    hidden_size=integer(raw, "hidden_size"),
+    intermediate_size=integer(raw, "intermediate_size"),
+    num_layers=integer(raw, "num_hidden_layers"),
+    num_heads=integer(raw, "num_attention_heads"),
+    num_kv_heads=integer(raw, "num_key_value_heads"),
+    head_dim=integer(raw, "head_dim"),
+    rope_theta=real(rope if in_rope else raw, "rope_theta"),
+    rms_norm_eps=real(raw, "rms_norm_eps"),
+    max_length=integer(raw, "max_position_embeddings"),
+    block_size=integer(raw if "block_size" in raw else dflash, "block_size"),
+    mask_token_id=integer(dflash, "mask_token_id"),
+    target_layer_ids=tuple(ids),
+    num_target_layers=integer(raw, "num_target_layers"),
+    training_mode=dflash.get("training_mode", "dflash"),
+    prefix_weight_base=real(
+      {"prefix_weight_base": 0.9, **dflash}, "prefix_weight_base"
+    ),
+  )
+
+
+def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
+  """Refuses by name whatever would change the computation."""
+  for key, neutral in _NEUTRAL.items():
+    value = settings.get(key)
+    expected = f"{neutral[0]!r} (others are not supported)"
+    require(value in neutral, key, value, expected)
+  for value in settings.get("layer_types") or ():
+    expected = "'full_attention' (others are not supported)"
+    require(value == "full_attention", "layer_types", value, expected)
+  thetas = {settings.get("rope_theta")}
+  for key in ("rope_scaling", "rope_parameters"):
+    rope = settings.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    require(kind == "default", f"{key} type", kind, "'default'")
+    thetas.add(rope.get("rope_theta"))
+  thetas.discard(None)
+  require(len(thetas) == 1, "rope_theta", sorted(thetas), "one value, stated")
+
+
+def _parameters(drafter: Drafter) -> dict[str, nnx.Param]:
+  """The drafter's parameters under the names of the format."""
+  named = {
+    "fc.weight": drafter.fc,
+    "hidden_norm.weight": drafter.hidden_norm,
+    "norm.weight": drafter.norm,
+  }
+  for i, layer in enumerate(drafter.layers):
+    for field, name in LAYER_TENSORS.items():
+      named[f"layers.{i}.{name}.weight"] = getattr(layer, field)
+  return named
+
+
+def _tensors_of(drafter: Drafter) -> dict[str, np.ndarray]:
+  """Parameters as the format holds them: matrices `[out, in]`."""
+  # Transposing a vector does nothing.
+  return {k: np.asarray(p[...]).T for k, p in _parameters(drafter).items()}
+
+
+def _fill(
+  config: DrafterConfig,
+  tensors: Mapping[str, np.ndarray],
+  path: Path,
+  dtype: jax.typing.DTypeLike,
+) -> Drafter:
+  """A drafter with exactly these tensors."""
+  make = lambda: Drafter(config, rngs=nnx.Rngs(0), dtype=dtype)
+  drafter = nnx.eval_shape(make)
+  parameters = _parameters(drafter)
+  for name in sorted(parameters.keys() | tensors.keys()):
+    if name not in tensors:
+      raise UsageError(f"{path}: tensor {name} is missing")
+    if name not in parameters:
+      raise UsageError(f"{path}: tensor {name} is not part of a drafter")
+    shape = parameters[name].shape[::-1]
+    if tensors[name].shape != shape:
+      raise UsageError(
+        f"{path}: tensor {name} has shape {tensors[name].shape}, expected {shape}"
+      )
+    parameters[name].set_value(jnp.asarray(tensors[name].T, dtype))
+  return drafter
+
+
+def _one_line(error: Exception) -> str:
+  """The first line of an error's message."""
+  return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Kernels, one package each: api, reference, and one file per backend."""

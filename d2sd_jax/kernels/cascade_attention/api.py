@@ -1,0 +1,96 @@
+"""The public operation: shapes, semantics and dispatch."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+
+from d2sd_jax.errors import require
+from d2sd_jax.kernels.cascade_attention import reference, xla
+from d2sd_jax.typing import Array, Bool, Float, Int
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
+  "reference": reference.cascade_attention,
+  "xla": xla.cascade_attention,
+}
+
+
+def cascade_attention(
+  query: Float[Array, "B G R N H"],
+  prefix_keys: Float[Array, "B J S H"],
+  prefix_values: Float[Array, "B J S H"],
+  local_keys: Float[Array, "B G R J H"],
+  local_values: Float[Array, "B G R J H"],
+  *,
+  prefix_end: Int[Array, "B"] | Int[Array, "B G"],
+  prefix_start: Int[Array, "B G R"] | None = None,
+  local_mask: Bool[Array, "#B #G R R"] | None = None,
+  sinks: Float[Array, "N"] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "B G R N H"]:
+  """Softmax attention of G groups of R nodes over a shared prefix and a tree.
+
+  A node attends to prefix rows `[prefix_start, prefix_end)` and, within its
+  own group only, to the nodes its row of `local_mask` allows. The two parts
+  are computed apart, so that the prefix is read once for all nodes, and are
+  merged by their float32 log-sum-exp (Sec. 3.3):
+
+      o = (e^{l1-m} o1 + e^{l2-m} o2) / (e^{l1-m} + e^{l2-m}),  m = max(l1, l2)
+
+  One operation for four callers: the first draft (one group, all-to-all), the
+  second draft (K groups), verification (one group, ancestor mask) and training
+  (one group per anchor, each with its own prefix end).
+
+  Args:
+    query: already rotated, not yet scaled; scores are divided by sqrt(H).
+    prefix_keys: rows of the cache; rows past `prefix_end` may hold anything
+      finite. S may be 0.
+    prefix_values: as `prefix_keys`.
+    local_keys: keys of the nodes themselves.
+    local_values: as `local_keys`.
+    prefix_end: rows of the prefix to be seen, of each batch row or each group.
+    prefix_start: first row to be seen by each node (sliding windows); `None`
+      is 0.
+    local_mask: `mask[b, g, i, j]`: node i sees node j; `None` is all-to-all.
+    sinks: a logit per query head that joins the softmax's denominator.
+    implementation: a key of `IMPLEMENTATIONS`; `None` picks the best one that
+      the device runs.
+
+  Returns:
+    The attention output in `query`'s dtype; zero for a node that sees nothing.
+
+  Raises:
+    UsageError: `implementation` is unknown.
+    ValueError: the shapes do not fit each other.
+  """
+  batch, groups, nodes, heads, head_dim = query.shape
+  kv_heads = local_keys.shape[3]
+  expected = (batch, groups, nodes, kv_heads, head_dim)
+  if local_keys.shape != expected or local_values.shape != expected:
+    raise ValueError(f"local keys and values: expected shape {expected}")
+  expected = (batch, kv_heads, prefix_keys.shape[2], head_dim)
+  if prefix_keys.shape != expected or prefix_values.shape != expected:
+    raise ValueError(f"prefix keys and values: expected shape {expected}")
+  if heads % kv_heads:
+    raise ValueError(f"{heads} query heads do not share {kv_heads} key heads")
+  name = implementation or "xla"
+  require(
+    name in IMPLEMENTATIONS,
+    "implementation",
+    name,
+    f"one of {', '.join(IMPLEMENTATIONS)}",
+  )
+  if prefix_end.ndim == 1:
+    prefix_end = prefix_end[:, None]
+  if local_mask is None:
+    local_mask = jnp.ones((1, 1, nodes, nodes), bool)
+  return IMPLEMENTATIONS[name](
+    query,
+    prefix_keys,
+    prefix_values,
+    local_keys,
+    local_values,
+    prefix_end=jnp.broadcast_to(prefix_end, (batch, groups)),
+    prefix_start=prefix_start,
+    local_mask=local_mask,
+    sinks=sinks,
+  )

@@ -1,0 +1,98 @@
+"""Cascade attention in plain XLA: split, differentiable, any device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+# Scores of an empty part: far below any real one, and still finite.
+EMPTY = -1e30
+# Longer groups go through in slices, so that a long prompt's scores fit.
+MAX_NODES = 1024
+
+_dot = functools.partial(
+  jnp.einsum, precision="highest", preferred_element_type=jnp.float32
+)
+
+
+def cascade_attention(
+  query,
+  prefix_keys,
+  prefix_values,
+  local_keys,
+  local_values,
+  *,
+  prefix_end,
+  prefix_start,
+  local_mask,
+  sinks,
+):
+  """See `api.cascade_attention`."""
+  batch, groups, nodes = query.shape[:3]
+  share = query.shape[3] // local_keys.shape[3]
+  query = rearrange(query, "b g r (j n) h -> b g r j n h", n=share)
+  local_mask = jnp.broadcast_to(local_mask, (batch, groups, nodes, nodes))
+  if prefix_start is None:
+    prefix_start = jnp.zeros((batch, groups, nodes), jnp.int32)
+  if sinks is not None:
+    sinks = rearrange(sinks, "(j n) -> j n", n=share)
+
+  def attend(query, local_mask, prefix_start):
+    parts = [_local_part(query, local_keys, local_values, local_mask)]
+    if prefix_keys.shape[2]:
+      row = jnp.arange(prefix_keys.shape[2])
+      seen = row < prefix_end[:, :, None, None]
+      seen = seen & (row >= prefix_start[..., None])
+      parts.append(_prefix_part(query, prefix_keys, prefix_values, seen))
+    return _merge(parts, sinks).astype(query.dtype)
+
+  if nodes > MAX_NODES and nodes % MAX_NODES == 0:
+    slices = [
+      rearrange(x, "b g (c r) ... -> c b g r ...", r=MAX_NODES)
+      for x in (query, local_mask, prefix_start)
+    ]
+    output = jax.lax.map(lambda xs: attend(*xs), slices)
+    output = rearrange(output, "c b g r ... -> b g (c r) ...")
+  else:
+    output = attend(query, local_mask, prefix_start)
+  return rearrange(output, "b g r j n h -> b g r (j n) h")
+
+
+def _prefix_part(query, keys, values, mask):
+  """All nodes of all groups against the one shared prefix."""
+  scores = _dot("bgrjnh,bjsh->bgrjns", query, keys)
+  weights, lse = _softmax(scores, mask, query.shape[-1])
+  return _dot("bgrjns,bjsh->bgrjnh", weights.astype(values.dtype), values), lse
+
+
+def _local_part(query, keys, values, mask):
+  """Each group's nodes against the nodes of the same group."""
+  scores = _dot("bgrjnh,bgkjh->bgrjnk", query, keys)
+  weights, lse = _softmax(scores, mask, query.shape[-1])
+  return _dot("bgrjnk,bgkjh->bgrjnh", weights.astype(values.dtype), values), lse
+
+
+def _softmax(scores, mask, head_dim):
+  """Masked softmax and its log-sum-exp; a row that sees nothing is zero."""
+  mask = mask[:, :, :, None, None, :]
+  scores = jnp.where(mask, scores * head_dim**-0.5, EMPTY)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
+  total = weights.sum(-1, keepdims=True)
+  some = total > 0
+  total = jnp.where(some, total, 1.0)
+  lse = jnp.where(some, jnp.log(total) + top, EMPTY)
+  return weights / total, lse[..., 0]
+
+
+def _merge(parts, sinks):
+  """Weighs the parts' outputs by their share of the whole softmax."""
+  lses = [lse for _, lse in parts]
+  if sinks is not None:
+    lses.append(jnp.broadcast_to(sinks.astype(jnp.float32), lses[0].shape))
+  shares = jax.nn.softmax(jnp.stack(lses), axis=0)
+  return sum(
+    output * share[..., None]
+    for (output, _), share in zip(parts, shares, strict=False)
+  )

@@ -1,0 +1,298 @@
+"""The target: what the decode loop needs of one, and the Llama family.
+
+Qwen3 is `TargetConfig(qk_norm=True)`, not a second model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from d2sd_jax.config import TargetConfig
+from d2sd_jax.errors import UsageError
+from d2sd_jax.models.cache import KVCache
+from d2sd_jax.models.layers import matmul, rms_norm, transformer_block
+from d2sd_jax.tree import PrefixTree, ancestor_mask
+from d2sd_jax.typing import Array, Bool, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetOutput:
+  """What one pass of the target yields.
+
+  Attributes:
+    logits: float32; of every node (`score_tree`, `[B, R, V]`) or of each row's
+      last real token (`prefill`, `[B, V]`).
+    features: outputs of the tapped layers, in the order of the taps.
+    kv: keys and values of the tokens that went in; nothing is written yet.
+  """
+
+  logits: Float[Array, "*rows V"]
+  features: Float[Array, "B R taps D"]
+  kv: KVCache
+
+
+class Target(Protocol):
+  """Any target the decode loop can drive: a pytree with these methods.
+
+  `decode_cycle` and `generate` ask for nothing else, so a target of your own
+  needs no subclass. A target without keys and values returns a `KVCache` of
+  no layers; a drafter also needs `hidden_size` and `vocab_size` to match.
+  """
+
+  def init_cache(self, batch_size: int, capacity: int) -> KVCache:
+    """A cache of zeros for `capacity` tokens per row."""
+    ...
+
+  def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    """Input embeddings; the drafters share them."""
+    ...
+
+  def head(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """Float32 logits of already normed hidden states; shared as well."""
+    ...
+
+  def prefill(
+    self,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    taps: tuple[int, ...],
+  ) -> TargetOutput:
+    """Runs prompts padded to T; logits are those of each last real token."""
+    ...
+
+  def score_tree(
+    self,
+    tree: PrefixTree,
+    cache: KVCache,
+    lengths: Int[Array, " B"],
+    taps: tuple[int, ...],
+  ) -> TargetOutput:
+    """Scores every node; node j sees the cache and its ancestors-or-self."""
+    ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+  """One layer; matrices are `[in, out]`."""
+
+  input_norm: Float[Array, " D"]
+  q_proj: Float[Array, "D NH"]
+  k_proj: Float[Array, "D JH"]
+  v_proj: Float[Array, "D JH"]
+  o_proj: Float[Array, "NH D"]
+  q_norm: Float[Array, " H"] | None
+  k_norm: Float[Array, " H"] | None
+  post_norm: Float[Array, " D"]
+  gate_proj: Float[Array, "D M"]
+  up_proj: Float[Array, "D M"]
+  down_proj: Float[Array, "M D"]
+
+
+# Hugging Face's name and layout of each field: [out, in] matrices transpose.
+LAYER_TENSORS = {
+  "input_norm": "input_layernorm",
+  "q_proj": "self_attn.q_proj",
+  "k_proj": "self_attn.k_proj",
+  "v_proj": "self_attn.v_proj",
+  "o_proj": "self_attn.o_proj",
+  "q_norm": "self_attn.q_norm",
+  "k_norm": "self_attn.k_norm",
+  "post_norm": "post_attention_layernorm",
+  "gate_proj": "mlp.gate_proj",
+  "up_proj": "mlp.up_proj",
+  "down_proj": "mlp.down_proj",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaTarget:
+  """A Llama-family target; implements `Target`.
+
+  Attributes:
+    embedding: also the head where `lm_head` is `None` (tied).
+    lm_head: `[V, D]`.
+    implementation: of `cascade_attention`; `None` picks by device.
+  """
+
+  embedding: Float[Array, "V D"]
+  layers: tuple[LayerWeights, ...]
+  norm: Float[Array, " D"]
+  lm_head: Float[Array, "V D"] | None
+  config: TargetConfig = dataclasses.field(metadata={"static": True})
+  implementation: str | None = dataclasses.field(
+    default=None, metadata={"static": True}
+  )
+
+  def init_cache(self, batch_size: int, capacity: int) -> KVCache:
+    """See `Target.init_cache`."""
+    config = self.config
+    shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+    return KVCache.zeros(config.num_layers, shape, self.embedding.dtype)
+
+  def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
+    """See `Target.embed`."""
+    return jnp.take(self.embedding, tokens, axis=0)
+
+  def head(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """See `Target.head`."""
+    weight = self.embedding if self.lm_head is None else self.lm_head
+    return matmul(
+      "...d,vd->...v",
+      hidden.astype(weight.dtype),
+      weight,
+      preferred_element_type=jnp.float32,
+    )
+
+  def prefill(
+    self,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    taps: tuple[int, ...],
+  ) -> TargetOutput:
+    """See `Target.prefill`."""
+    batch, size = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(size), tokens.shape)
+    hidden, features, kv = self._forward(
+      tokens,
+      positions,
+      cache=self.init_cache(batch, 0),
+      lengths=jnp.zeros((batch,), jnp.int32),
+      mask=jnp.tril(jnp.ones((1, size, size), bool)),
+      taps=taps,
+    )
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+    return TargetOutput(
+      logits=self._logits(last[:, 0]), features=features, kv=kv
+    )
+
+  def score_tree(
+    self,
+    tree: PrefixTree,
+    cache: KVCache,
+    lengths: Int[Array, " B"],
+    taps: tuple[int, ...],
+  ) -> TargetOutput:
+    """See `Target.score_tree`; positions are `lengths + depth`."""
+    hidden, features, kv = self._forward(
+      tree.tokens,
+      lengths[:, None] + tree.depths,
+      cache=cache,
+      lengths=lengths,
+      mask=ancestor_mask(tree.parents),
+      taps=taps,
+    )
+    return TargetOutput(logits=self._logits(hidden), features=features, kv=kv)
+
+  def _logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """Final norm, then head."""
+    return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
+
+  def _forward(
+    self,
+    tokens: Int[Array, "B R"],
+    positions: Int[Array, "B R"],
+    *,
+    cache: KVCache,
+    lengths: Int[Array, " B"],
+    mask: Bool[Array, "#B R R"],
+    taps: tuple[int, ...],
+  ) -> tuple[Float[Array, "B R D"], Float[Array, "B R taps D"], KVCache]:
+    """All layers over one group of nodes behind the cached prefix."""
+    x = self.embed(tokens)[:, None]
+    new_kv, tapped = [], {}
+    for i, weights in enumerate(self.layers):
+      x, kv = transformer_block(
+        weights,
+        x,
+        positions[:, None],
+        cache.layer(i),
+        lengths,
+        mask[:, None],
+        self.config,
+        self.implementation,
+      )
+      new_kv.append(tuple(y[:, 0] for y in kv))
+      if i in taps:
+        tapped[i] = x[:, 0]
+    features = (
+      jnp.stack([tapped[i] for i in taps], axis=2)
+      if taps
+      else jnp.zeros((*tokens.shape, 0, x.shape[-1]), x.dtype)
+    )
+    return x[:, 0], features, KVCache.from_layers(new_kv)
+
+
+def target_from_tensors(
+  config: TargetConfig,
+  tensors: Mapping[str, np.ndarray],
+  dtype: jax.typing.DTypeLike,
+  implementation: str | None = None,
+) -> LlamaTarget:
+  """Builds a target from tensors under Hugging Face names, `[out, in]`.
+
+  Args:
+    config: the target's shape.
+    tensors: every tensor of the model and no other.
+    dtype: of the weights and of all computation that is not float32 by rule.
+    implementation: of `cascade_attention`.
+
+  Raises:
+    UsageError: a tensor is missing, left over, or of another shape.
+  """
+  left = dict(tensors)
+
+  def take(name: str, *shape: int) -> jax.Array:
+    if name not in left:
+      raise UsageError(f"target tensor {name}: missing")
+    value = left.pop(name)
+    if value.shape != shape:
+      raise UsageError(
+        f"target tensor {name}: shape {value.shape}, expected {shape}"
+      )
+    return jnp.asarray(value.T if value.ndim == 2 else value, dtype)
+
+  c = config
+  width, mlp = c.hidden_size, c.intermediate_size
+  query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+  shapes: dict[str, tuple[int, ...]] = {
+    "input_norm": (width,),
+    "q_proj": (query, width),
+    "k_proj": (key, width),
+    "v_proj": (key, width),
+    "o_proj": (width, query),
+    "q_norm": (c.head_dim,),
+    "k_norm": (c.head_dim,),
+    "post_norm": (width,),
+    "gate_proj": (mlp, width),
+    "up_proj": (mlp, width),
+    "down_proj": (width, mlp),
+  }
+
+  def layer(i: int) -> LayerWeights:
+    fields: dict[str, Any] = {
+      field: None
+      if field in ("q_norm", "k_norm") and not c.qk_norm
+      else take(f"model.layers.{i}.{name}.weight", *shapes[field])
+      for field, name in LAYER_TENSORS.items()
+    }
+    return LayerWeights(**fields)
+
+  table = (c.vocab_size, width)
+  target = LlamaTarget(
+    embedding=take("model.embed_tokens.weight", *table).T,
+    layers=tuple(layer(i) for i in range(c.num_layers)),
+    norm=take("model.norm.weight", width),
+    lm_head=None if c.tied_head else take("lm_head.weight", *table).T,
+    config=config,
+    implementation=implementation,
+  )
+  if left:
+    raise UsageError(f"target tensor {min(left)}: not part of such a model")
+  return target

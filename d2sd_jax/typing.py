@@ -1,0 +1,16 @@
+"""Array aliases.
+
+Shapes in signatures use the project's dimension letters: B batch, S cache
+slots, R tree nodes, G groups of nodes, K branches, L layers, N query heads,
+J key/value heads, H head size, D width, F target features (taps * D),
+V vocabulary, A anchors, T tokens.
+"""
+
+from typing import TypeAlias
+
+import jax
+from jaxtyping import Bool, Float, Int
+
+Array: TypeAlias = jax.Array
+
+__all__ = ["Array", "Bool", "Float", "Int"]
