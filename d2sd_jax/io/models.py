@@ -21,18 +21,22 @@ def target_path(name: str | Path) -> Path:
   """The GGUF file of a target; the default one is fetched on first use.
 
   Args:
-    name: `smollm2-135m`, or the path of a GGUF file.
+    name: `smollm2-135m`, or the path of a GGUF file or of its folder.
 
   Raises:
     UsageError: no such file, or it could not be fetched.
   """
   if str(name) == DEFAULT_TARGET:
     return fetch_default_target()
-  path = Path(name)
+  path = Path(name).expanduser()
+  files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
   require(
-    path.is_file(), "target", str(name), f"{DEFAULT_TARGET} or a GGUF file"
+    len(files) == 1 and files[0].is_file(),
+    "target",
+    str(name),
+    f"{DEFAULT_TARGET}, a GGUF file, or a folder with exactly one",
   )
-  return path
+  return files[0]
 
 
 def read_target_config(name: str | Path) -> TargetConfig:

@@ -25,11 +25,13 @@ class ChatTokenizer:
     vocab_size: number of ids.
     special_ids: ids of the marks that are not text, ascending.
     stop_ids: ids that end an answer: `<|im_end|>`, `<|endoftext|>`.
+    chat_ids: all ids that conversations are marked with, ascending.
   """
 
   vocab_size: int
   special_ids: tuple[int, ...]
   stop_ids: tuple[int, ...]
+  chat_ids: tuple[int, ...]
 
   def __init__(self, metadata: Mapping[str, Any]):
     """Builds the tokenizer from a GGUF file's metadata.
@@ -53,6 +55,7 @@ class ChatTokenizer:
     self._turn_start = self._mark("<|im_start|>")
     self._turn_end = self._mark("<|im_end|>")
     self.stop_ids = (self._turn_end, self._mark("<|endoftext|>"))
+    self.chat_ids = tuple(sorted({self._turn_start, *self.stop_ids}))
 
   @classmethod
   def from_gguf(cls, path: str | os.PathLike[str]) -> "ChatTokenizer":
@@ -69,10 +72,7 @@ class ChatTokenizer:
     Raises:
       UsageError: the text is no valid Unicode.
     """
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise UsageError(f"text {text[:40]!r}: expected valid UTF-8") from error
+    _check_unicode(text)
     return self._bpe.encode(text, add_special_tokens=False).ids
 
   def encode_prompt(self, text: str) -> list[int]:
@@ -95,9 +95,7 @@ class ChatTokenizer:
     Raises:
       UsageError: there is no turn, or one that is not such a mapping.
     """
-    require(len(messages) > 0, "messages", messages, "at least one turn")
-    for i, message in enumerate(messages):
-      _check_message(i, message)
+    check_messages(messages)
     ids: list[int] = []
     if messages[0]["role"] != "system":
       ids += self._encode_turn("system", DEFAULT_SYSTEM)
@@ -212,6 +210,17 @@ def _check_kind(metadata: Mapping[str, Any]) -> None:
     )
 
 
+def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
+  """Checks a conversation; needs no tokenizer.
+
+  Raises:
+    UsageError: it is empty, or a turn lacks a known role or a valid text.
+  """
+  require(len(messages) > 0, "messages", messages, "at least one turn")
+  for i, message in enumerate(messages):
+    _check_message(i, message)
+
+
 def _check_message(index: int, message: Mapping[str, str]) -> None:
   """Raises `UsageError` unless the message has a known role and a text."""
   field = f"messages[{index}]"
@@ -220,6 +229,15 @@ def _check_message(index: int, message: Mapping[str, str]) -> None:
   role, content = message.get("role"), message.get("content")
   require(role in ROLES, f"{field} role", role, f"one of {', '.join(ROLES)}")
   require(isinstance(content, str), f"{field} content", content, "a string")
+  _check_unicode(str(content))
+
+
+def _check_unicode(text: str) -> None:
+  """Raises `UsageError` for text that no UTF-8 can hold (lone surrogates)."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UsageError(f"text {text[:40]!r}: expected valid UTF-8") from error
 
 
 def _get(metadata: Mapping[str, Any], key: str) -> Any:

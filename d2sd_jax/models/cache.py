@@ -39,7 +39,8 @@ class KVCache:
 
   @classmethod
   def from_layers(
-    cls, layers: Iterable[tuple[Float[Array, "B T J H"], Float[Array, "B T J H"]]]
+    cls,
+    layers: Iterable[tuple[Float[Array, "B T J H"], Float[Array, "B T J H"]]],
   ) -> "KVCache":
     """New rows as the layers computed them, tokens before heads."""
     pairs = [
@@ -57,9 +58,7 @@ class KVCache:
     return len(self.keys)
 
 
-def append(
-  cache: KVCache, rows: KVCache, lengths: Int[Array, " B"]
-) -> KVCache:
+def append(cache: KVCache, rows: KVCache, lengths: Int[Array, " B"]) -> KVCache:
   """Writes new rows behind each sequence's length.
 
   Args:

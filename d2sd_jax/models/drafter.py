@@ -11,9 +11,9 @@ from einops import rearrange
 from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
+from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
-  matmul,
   project_kv,
   rms_norm,
   transformer_block,
@@ -100,7 +100,7 @@ class Drafter(nnx.Module):
     config = self.config
     features = rearrange(features, "b t taps d -> b t (taps d)")
     context = matmul("btf,fd->btd", features.astype(self.fc.dtype), self.fc)
-    context = rms_norm(context, self.hidden_norm, config.rms_norm_eps)
+    context = rms_norm(context, self.hidden_norm[...], config.rms_norm_eps)
     return KVCache.from_layers(
       project_kv(layer, context, positions, config) for layer in self.layers
     )
@@ -141,7 +141,7 @@ class Drafter(nnx.Module):
         self.config,
         implementation,
       )
-    return rms_norm(x, self.norm, self.config.rms_norm_eps)
+    return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
 
 
 def fill_masked(

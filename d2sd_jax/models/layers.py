@@ -1,6 +1,5 @@
 """The transformer block that targets and drafters share."""
 
-import functools
 from typing import Any, Protocol
 
 import jax
@@ -8,11 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from d2sd_jax.kernels.cascade_attention import cascade_attention
+from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.typing import Array, Bool, Float, Int
-
-# "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
-# bfloat16 on TPU. Products of bfloat16 arrays are not affected by it.
-matmul = functools.partial(jnp.einsum, precision="highest")
 
 
 class BlockConfig(Protocol):
@@ -128,4 +124,7 @@ def transformer_block(
   h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
   gate = jax.nn.silu(matmul("...d,dm->...m", h, weights.gate_proj))
   up = matmul("...d,dm->...m", h, weights.up_proj)
-  return x + matmul("...m,md->...d", gate * up, weights.down_proj), (keys, values)
+  return x + matmul("...m,md->...d", gate * up, weights.down_proj), (
+    keys,
+    values,
+  )

@@ -13,8 +13,9 @@ import numpy as np
 
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
+from d2sd_jax.kernels.dot import dot_float32
 from d2sd_jax.models.cache import KVCache
-from d2sd_jax.models.layers import matmul, rms_norm, transformer_block
+from d2sd_jax.models.layers import rms_norm, transformer_block
 from d2sd_jax.tree import PrefixTree, ancestor_mask
 from d2sd_jax.typing import Array, Bool, Float, Int
 
@@ -143,12 +144,7 @@ class LlamaTarget:
   def head(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     """See `Target.head`."""
     weight = self.embedding if self.lm_head is None else self.lm_head
-    return matmul(
-      "...d,vd->...v",
-      hidden.astype(weight.dtype),
-      weight,
-      preferred_element_type=jnp.float32,
-    )
+    return dot_float32("...d,vd->...v", hidden.astype(weight.dtype), weight)
 
   def prefill(
     self,
@@ -218,7 +214,7 @@ class LlamaTarget:
         self.config,
         self.implementation,
       )
-      new_kv.append(tuple(y[:, 0] for y in kv))
+      new_kv.append((kv[0][:, 0], kv[1][:, 0]))
       if i in taps:
         tapped[i] = x[:, 0]
     features = (

@@ -64,12 +64,12 @@ def cascade_attention(
   """
   batch, groups, nodes, heads, head_dim = query.shape
   kv_heads = local_keys.shape[3]
-  expected = (batch, groups, nodes, kv_heads, head_dim)
-  if local_keys.shape != expected or local_values.shape != expected:
-    raise ValueError(f"local keys and values: expected shape {expected}")
-  expected = (batch, kv_heads, prefix_keys.shape[2], head_dim)
-  if prefix_keys.shape != expected or prefix_values.shape != expected:
-    raise ValueError(f"prefix keys and values: expected shape {expected}")
+  local = (batch, groups, nodes, kv_heads, head_dim)
+  if local_keys.shape != local or local_values.shape != local:
+    raise ValueError(f"local keys and values: expected shape {local}")
+  prefix = (batch, kv_heads, prefix_keys.shape[2], head_dim)
+  if prefix_keys.shape != prefix or prefix_values.shape != prefix:
+    raise ValueError(f"prefix keys and values: expected shape {prefix}")
   if heads % kv_heads:
     raise ValueError(f"{heads} query heads do not share {kv_heads} key heads")
   name = implementation or "xla"

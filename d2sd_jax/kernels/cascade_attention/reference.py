@@ -25,7 +25,9 @@ def cascade_attention(
   )
   per_head = lambda x: repeat(x, "b g r j h -> b g r (j share) h", share=share)
   keys = jnp.concatenate([per_group(prefix_keys), per_head(local_keys)], 2)
-  values = jnp.concatenate([per_group(prefix_values), per_head(local_values)], 2)
+  values = jnp.concatenate(
+    [per_group(prefix_values), per_head(local_values)], 2
+  )
 
   row = jnp.arange(size)
   seen = row < prefix_end[:, :, None, None]

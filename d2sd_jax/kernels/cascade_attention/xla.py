@@ -1,19 +1,15 @@
 """Cascade attention in plain XLA: split, differentiable, any device."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+from d2sd_jax.kernels.dot import dot_float32
 
 # Scores of an empty part: far below any real one, and still finite.
 EMPTY = -1e30
 # Longer groups go through in slices, so that a long prompt's scores fit.
 MAX_NODES = 1024
-
-_dot = functools.partial(
-  jnp.einsum, precision="highest", preferred_element_type=jnp.float32
-)
 
 
 def cascade_attention(
@@ -61,20 +57,22 @@ def cascade_attention(
 
 def _prefix_part(query, keys, values, mask):
   """All nodes of all groups against the one shared prefix."""
-  scores = _dot("bgrjnh,bjsh->bgrjns", query, keys)
-  weights, lse = _softmax(scores, mask, query.shape[-1])
-  return _dot("bgrjns,bjsh->bgrjnh", weights.astype(values.dtype), values), lse
+  scores = dot_float32("bgrjnh,bjsh->bgrjns", query, keys)
+  weights, total, lse = _softmax(scores, mask, query.shape[-1])
+  weights = weights.astype(values.dtype)
+  return dot_float32("bgrjns,bjsh->bgrjnh", weights, values) / total, lse
 
 
 def _local_part(query, keys, values, mask):
   """Each group's nodes against the nodes of the same group."""
-  scores = _dot("bgrjnh,bgkjh->bgrjnk", query, keys)
-  weights, lse = _softmax(scores, mask, query.shape[-1])
-  return _dot("bgrjnk,bgkjh->bgrjnh", weights.astype(values.dtype), values), lse
+  scores = dot_float32("bgrjnh,bgkjh->bgrjnk", query, keys)
+  weights, total, lse = _softmax(scores, mask, query.shape[-1])
+  weights = weights.astype(values.dtype)
+  return dot_float32("bgrjnk,bgkjh->bgrjnh", weights, values) / total, lse
 
 
 def _softmax(scores, mask, head_dim):
-  """Masked softmax and its log-sum-exp; a row that sees nothing is zero."""
+  """Masked exponentials, their sum (1 where nothing is seen), log-sum-exp."""
   mask = mask[:, :, :, None, None, :]
   scores = jnp.where(mask, scores * head_dim**-0.5, EMPTY)
   top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
@@ -83,7 +81,7 @@ def _softmax(scores, mask, head_dim):
   some = total > 0
   total = jnp.where(some, total, 1.0)
   lse = jnp.where(some, jnp.log(total) + top, EMPTY)
-  return weights / total, lse[..., 0]
+  return weights, total, lse[..., 0]
 
 
 def _merge(parts, sinks):

@@ -1,0 +1,37 @@
+"""Drafter 1 (DFlash) for SmolLM2-135M-Instruct.
+
+First let the target write a corpus, then distill:
+
+    python -m d2sd_jax.training.corpus \
+        --out=runs/corpus.jsonl --heldout=runs/heldout.jsonl
+    python train.py --config=configs/smollm2_dflash.py --workdir=runs/dflash
+
+The drafter is exported to `runs/dflash/export`. What this reached, and how
+long it took on which device, stands in the drafter's model card,
+`checkpoints/smollm2-135m-dflash/README.md`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """One run of `train.py`; see `d2sd_jax.config.TrainConfig`."""
+  return ConfigDict(
+    {
+      "target": "smollm2-135m",
+      "role": "dflash",
+      "corpus": "runs/corpus.jsonl",
+      "heldout": "runs/heldout.jsonl",
+      "num_layers": 5,
+      "block_size": 16,
+      # <empty_output>: a special id that the model never produces.
+      "mask_token_id": 16,
+      "num_anchors": 32,
+      "max_length": 384,
+      "batch_size": 64,
+      "num_steps": 4000,
+      "learning_rate": 1e-3,
+      "seed": 0,
+    },
+    type_safe=False,
+  )

@@ -1,0 +1,230 @@
+"""What the command-line scripts share: flags, configs, errors, exit status.
+
+A script defines `main(arguments)` and ends with
+
+    if __name__ == "__main__":
+      cli.exit_with(cli.run(main))
+
+Every mistake of the user's is a `UsageError` wherever it is found, and `run`
+alone turns it into one line on standard error and status 2.
+"""
+
+import argparse
+import ast
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import jax
+
+from d2sd_jax import __version__
+from d2sd_jax.config import from_mapping
+from d2sd_jax.errors import UsageError
+from d2sd_jax.io.paths import cache_dir, find_config
+
+OK, USAGE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
+_OVERRIDE = "--config."
+_T = TypeVar("_T")
+
+
+class FlagParser(argparse.ArgumentParser):
+  """argparse, strict: no abbreviations, and a mistake is a `UsageError`.
+
+  `--config.KEY=VALUE` is understood by every script; see `parse`.
+  """
+
+  def __init__(self, program: str, description: str, examples: str):
+    """A parser with `--help` and `--version`.
+
+    Args:
+      program: name of the script.
+      description: what it does, for the help.
+      examples: commands to be copied, for the help.
+    """
+    super().__init__(
+      prog=program,
+      usage=f"python {program} [--flag=value ...] [--config.KEY=VALUE ...]",
+      description=description,
+      epilog=f"examples:\n{examples}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    version = f"d2sd_jax {__version__}"
+    self.add_argument("--version", action="version", version=version)
+
+  def error(self, message: str) -> NoReturn:
+    """Raises `UsageError`, where argparse would print its usage and exit."""
+    raise UsageError(message.removeprefix("argument "))
+
+  def parse(
+    self, arguments: Sequence[str]
+  ) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Flags, and the overrides of the config by key.
+
+    Args:
+      arguments: of the command line, without the script's name.
+
+    Returns:
+      The flags, and what each `--config.KEY=VALUE` says, as Python values.
+
+    Raises:
+      UsageError: a flag is unknown, lacks its value or has one of a wrong type.
+    """
+    plain, overrides = _split_overrides(arguments)
+    flags, left = self.parse_known_args(plain)
+    if left:
+      known = sorted(s for s in self._option_string_actions if s[:2] == "--")
+      kind = "unknown flag" if left[0].startswith("-") else "stray argument"
+      raise UsageError(
+        f"{kind} {left[0]!r}: expected one of {', '.join(known)},"
+        f" {_OVERRIDE}KEY"
+      )
+    return flags, overrides
+
+
+def whole_number(text: str) -> int:
+  """Type of a flag that takes an integer."""
+  try:
+    return int(text)
+  except ValueError:
+    raise _type_error(text, "a whole number") from None
+
+
+def number(text: str) -> float:
+  """Type of a flag that takes a real number."""
+  try:
+    return float(text)
+  except ValueError:
+    raise _type_error(text, "a number") from None
+
+
+def load_config(
+  cls: type[_T], name: str, overrides: Mapping[str, Any] | None = None
+) -> _T:
+  """Runs a config file and builds the config it describes.
+
+  Args:
+    cls: the config dataclass, e.g. `DecodeConfig`.
+    name: a Python file with `get_config()`, or the name of a shipped one.
+    overrides: values that replace the file's.
+
+  Raises:
+    UsageError: there is no such file, it fails, it has no `get_config`, or its
+      result has an unknown key or a bad value.
+  """
+  path = find_config(name)
+  # Not an import: that would leave compiled files beside the user's.
+  module: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
+  expected = "expected a Python file whose get_config() returns a ConfigDict"
+  try:
+    exec(compile(path.read_bytes(), path, "exec"), module)
+    if not callable(module.get("get_config")):
+      raise UsageError(f"config={name!r}: no get_config in {path}; {expected}")
+    values = dict(module["get_config"]().to_dict())
+  except UsageError:
+    raise
+  except (Exception, SystemExit) as error:
+    problem = f"{type(error).__name__}: {one_line(error)}"
+    raise UsageError(
+      f"config={name!r}: {path} failed with {problem}; {expected}"
+    ) from error
+  return from_mapping(cls, {**values, **(overrides or {})})
+
+
+def setup_jax_cache() -> None:
+  """Keeps compiled programs in the cache folder, for later runs.
+
+  Whatever cache the user has set up for JAX is left alone. A folder that
+  cannot be written to costs time, not the run.
+  """
+  if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    return
+  folder = cache_dir() / "xla"
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+      jax.config.update("jax_compilation_cache_dir", str(folder))
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+      jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def run(
+  main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None
+) -> int:
+  """Runs a script's `main` and returns the exit status.
+
+  Args:
+    main: takes the arguments; raises `UsageError` for the user's mistakes.
+    arguments: those of the command line by default.
+
+  Returns:
+    0; 2 after a mistake, told in one line; 130 after Ctrl-C; 141 where the
+    reader of standard output went away.
+  """
+  # On a machine whose GPU is not used, JAX says so; the scripts say where
+  # they run themselves.
+  logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+  try:
+    main(sys.argv[1:] if arguments is None else arguments)
+    sys.stdout.flush()
+  except UsageError as error:
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+    return USAGE
+  except KeyboardInterrupt:
+    return INTERRUPTED
+  except BrokenPipeError:
+    return BROKEN_PIPE
+  except SystemExit as stop:  # --help and --version
+    return stop.code if isinstance(stop.code, int) else OK
+  return OK
+
+
+def exit_with(status: int) -> NoReturn:
+  """Leaves the process; after an interrupt without waiting for the device."""
+  if status in (INTERRUPTED, BROKEN_PIPE):
+    # A program on the device may go on for a while in its own thread, and
+    # Python would wait for it, or write to the broken pipe once more.
+    with contextlib.suppress(BrokenPipeError, ValueError):
+      sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def one_line(error: BaseException) -> str:
+  """An error's message on a single line, never empty."""
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _split_overrides(
+  arguments: Sequence[str],
+) -> tuple[list[str], dict[str, Any]]:
+  """Takes `--config.KEY=VALUE` and `--config.KEY VALUE` out of the flags."""
+  plain, overrides = [], {}
+  rest = iter(arguments)
+  for argument in rest:
+    if not argument.startswith(_OVERRIDE):
+      plain.append(argument)
+      continue
+    key, equals, text = argument.removeprefix(_OVERRIDE).partition("=")
+    if not equals:
+      following = next(rest, None)
+      if following is None or following.startswith("--"):
+        raise UsageError(f"{argument}: expected a value")
+      text = following
+    overrides[key] = _literal(text)
+  return plain, overrides
+
+
+def _literal(text: str) -> Any:
+  """A Python literal, or else the text itself."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    return text
+
+
+def _type_error(text: str, expected: str) -> argparse.ArgumentTypeError:
+  return argparse.ArgumentTypeError(f"{text!r}: expected {expected}")

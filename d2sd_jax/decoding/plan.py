@@ -1,0 +1,165 @@
+"""A decode config checked and made definite, before anything is fetched."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from d2sd_jax.config import (
+  MODES,
+  DecodeConfig,
+  DrafterConfig,
+  TargetConfig,
+  TreeConfig,
+)
+from d2sd_jax.decoding.policies import POLICIES
+from d2sd_jax.decoding.session import Request
+from d2sd_jax.decoding.state import Models
+from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.drafter_format import (
+  CONFIG_FILE,
+  WEIGHTS_FILE,
+  load_drafter_folder,
+  read_drafter_config,
+)
+from d2sd_jax.io.models import DEFAULT_TARGET, read_target_config, target_path
+from d2sd_jax.io.paths import find_checkpoint
+from d2sd_jax.io.tokenizer import ChatTokenizer
+from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.target import LlamaTarget
+from d2sd_jax.sampling import Sampling
+
+# `ChatTokenizer.chat_ids` of the default target, known without its file.
+DEFAULT_CHAT_IDS = (0, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What will be run.
+
+  Attributes:
+    config: the config it follows, its dtype decided.
+    target: shape of the target.
+    drafters: folders of as many drafters as the modes need.
+    trees: the modes to run, in order, and the static tree sizes of each.
+  """
+
+  config: DecodeConfig
+  target: TargetConfig
+  drafters: tuple[Path, ...]
+  trees: Mapping[str, TreeConfig]
+
+  @property
+  def sampling(self) -> Sampling:
+    """How the target chooses."""
+    c = self.config
+    top_k = min(c.top_k, self.target.vocab_size)
+    return Sampling.create(c.temperature, top_k, c.top_p, c.seed)
+
+  def check_context(self, requests: Sequence[Request]) -> None:
+    """Raises `UsageError` for a prompt whose answer might not fit."""
+    c, context = self.config, self.target.max_length
+    for i, request in enumerate(requests):
+      require(
+        len(request.tokens) + c.max_new_tokens <= context,
+        f"prompt {i + 1} tokens",
+        len(request.tokens),
+        f"at most {context - c.max_new_tokens}, the target's context of"
+        f" {context} less max_new_tokens={c.max_new_tokens}",
+      )
+
+  def load_drafters(self) -> tuple[Drafter, ...]:
+    """The drafters' weights; a `UsageError` where a file is damaged."""
+    return tuple(
+      load_drafter_folder(folder, self.target, self.config.dtype or "float32")
+      for folder in self.drafters
+    )
+
+  def models(
+    self, mode: str, target: LlamaTarget, drafters: Sequence[Drafter]
+  ) -> Models:
+    """The target and the drafters that one of the modes uses."""
+    used = tuple(drafters[: POLICIES[mode].num_drafters])
+    return Models(target=target, drafters=used)
+
+
+def make_plan(config: DecodeConfig) -> Plan:
+  """Checks everything that small files and numbers can tell.
+
+  Args:
+    config: what is wanted.
+
+  Raises:
+    UsageError: a file is missing or damaged, a drafter does not fit the
+      target, or a size does not fit another.
+  """
+  modes = MODES if config.mode == "compare" else (config.mode,)
+  target = read_target_config(config.target)
+  require(
+    config.max_new_tokens < target.max_length,
+    "max_new_tokens",
+    config.max_new_tokens,
+    f"less than the target's context of {target.max_length}",
+  )
+  num_drafters = max(POLICIES[mode].num_drafters for mode in modes)
+  names = (("drafter", config.drafter), ("vp_drafter", config.vp_drafter))
+  folders = tuple(
+    _drafter_folder(name, field) for field, name in names[:num_drafters]
+  )
+  shapes = [_check_drafter(path, target, config.target) for path in folders]
+  block_size = config.block_size or (shapes[0].block_size if shapes else 2)
+  require(
+    block_size < target.max_length,
+    "block_size",
+    block_size,
+    f"less than the target's context of {target.max_length}",
+  )
+  on_cpu = jax.default_backend() == "cpu"
+  dtype = config.dtype or ("float32" if on_cpu else "bfloat16")
+  return Plan(
+    config=dataclasses.replace(config, dtype=dtype),
+    target=target,
+    drafters=folders,
+    trees={mode: _tree(mode, config, block_size) for mode in modes},
+  )
+
+
+def _tree(mode: str, config: DecodeConfig, block_size: int) -> TreeConfig:
+  """Tree sizes of one mode; those it has no use for are not even checked."""
+  if mode == "d2sd":
+    return config.tree(block_size)
+  if mode == "dflash":
+    return TreeConfig(block_size=block_size, num_branches=0)
+  # `ar` reads no sizes: one value, so that one program serves all configs.
+  return TreeConfig(block_size=2, num_branches=0)
+
+
+def _drafter_folder(name: str, field: str) -> Path:
+  """A drafter by its folder, by either file in it, or by a shipped name."""
+  path = Path(name).expanduser()
+  if path.name in (CONFIG_FILE, WEIGHTS_FILE) and path.is_file():
+    return path.parent
+  return find_checkpoint(name, field)
+
+
+def _check_drafter(
+  folder: Path, target: TargetConfig, target_name: str
+) -> DrafterConfig:
+  """The drafter's shape, if it fits the target and its mask id is free."""
+  config = read_drafter_config(folder, target)
+  weights = folder / WEIGHTS_FILE
+  require(
+    weights.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}"
+  )
+  chat_ids = (
+    DEFAULT_CHAT_IDS
+    if target_name == DEFAULT_TARGET
+    else ChatTokenizer.from_gguf(target_path(target_name)).chat_ids
+  )
+  if config.mask_token_id in chat_ids:
+    raise UsageError(
+      f"{folder / CONFIG_FILE}: mask_token_id={config.mask_token_id}: expected"
+      f" an id that the target never produces; {list(chat_ids)} mark its turns"
+    )
+  return config

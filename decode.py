@@ -1,0 +1,212 @@
+"""Answers prompts with D²SD; `python decode.py --help` lists the flags.
+
+    python decode.py --prompt="Explain speculative decoding to a child."
+
+The same tokens as plain autoregressive decoding, in fewer passes of the
+target. Parse and check, load, compile, decode, report: in this order, so that
+a mistake is told before anything is downloaded or computed.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+if __name__ == "__main__":
+  # JAX takes a second to import; an early Ctrl-C is to end as cleanly as any.
+  # And XLA need not comment on the machine a cached program was compiled on.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+
+from d2sd_jax import cli
+from d2sd_jax.config import MODES, DecodeConfig
+from d2sd_jax.decoding import report
+from d2sd_jax.decoding.plan import Plan, make_plan
+from d2sd_jax.decoding.session import Answer, Request, Session, bucket
+from d2sd_jax.errors import require
+from d2sd_jax.evaluation import choice_margin, first_difference
+from d2sd_jax.io.models import load_target, target_path
+from d2sd_jax.io.prompts import read_prompts
+from d2sd_jax.io.tokenizer import ChatTokenizer
+from d2sd_jax.models.target import LlamaTarget
+
+EXAMPLES = """\
+  python decode.py --prompt="Explain speculative decoding to a child."
+  python decode.py --mode=dflash --trace --prompt="Count to ten."
+  echo "Write a haiku." | python decode.py --prompt=- --temperature=0.8 --seed=1
+  python decode.py --mode=compare --prompts_file=prompts.jsonl --json=out.json
+  python decode.py --config.forbid_repeat=True --prompt="Name three rivers."
+"""
+
+# Flag, type, what the help shows for its value, help.
+CONFIG_FLAGS = (
+  ("target", str, "PATH", "smollm2-135m, or a GGUF file or its folder"),
+  ("drafter", str, "PATH", "drafter 1: a folder or a shipped name"),
+  ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
+  ("mode", str, "|".join((*MODES, "compare")), "default d2sd"),
+  (
+    "block_size",
+    cli.whole_number,
+    "N",
+    "slots of a block (default: drafter's)",
+  ),
+  ("num_branches", cli.whole_number, "N", "re-drafts of mode d2sd"),
+  ("temperature", cli.number, "T", "default 0, greedy"),
+  ("top_k", cli.whole_number, "N", "keep N tokens (default 0, off)"),
+  ("top_p", cli.number, "P", "keep a mass of P (default 1, off)"),
+  ("max_new_tokens", cli.whole_number, "N", "default 256"),
+  ("seed", cli.whole_number, "N", "of the sampling noise (default 0)"),
+  ("dtype", str, "float32|bfloat16", "default float32 on a CPU, else bfloat16"),
+  ("batch_size", cli.whole_number, "N", "prompts at a time (default 1)"),
+)
+
+
+def flag_parser() -> cli.FlagParser:
+  """All flags of this script."""
+  parser = cli.FlagParser("decode.py", __doc__.split("\n\n")[2], EXAMPLES)
+  add = parser.add_argument_group(
+    "what to answer (one of the two)"
+  ).add_argument
+  add("--prompt", metavar="TEXT", help="one user turn; - reads standard input")
+  add(
+    "--prompts_file",
+    metavar="FILE",
+    help="JSON lines, each with `prompt` or `messages`",
+  )
+  add = parser.add_argument_group("what to show").add_argument
+  add(
+    "--stream",
+    action="store_true",
+    default=None,
+    help="print text as it is accepted (default for batches of one)",
+  )
+  add(
+    "--nostream",
+    action="store_false",
+    dest="stream",
+    help="print each answer when it is complete",
+  )
+  add("--trace", action="store_true", help="show which pass proposed what")
+  add("--json", metavar="FILE", help="write a record per prompt and mode")
+  add = parser.add_argument_group("how to decode").add_argument
+  add(
+    "--config",
+    metavar="FILE",
+    default="smollm2",
+    help="a Python file with get_config(), or a shipped name (default"
+    " smollm2); the flags below, and --config.KEY=VALUE for any key, override"
+    " it",
+  )
+  for name, kind, shown, text in CONFIG_FLAGS:
+    add(f"--{name}", type=kind, metavar=shown, help=text)
+  return parser
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Everything the script does."""
+  # Parse and check.
+  flags, overrides = flag_parser().parse(arguments)
+  for name, *_ in CONFIG_FLAGS:
+    if getattr(flags, name) is not None:
+      overrides[name] = getattr(flags, name)
+  config = cli.load_config(DecodeConfig, flags.config, overrides)
+  plan = make_plan(config)
+  stream = choose_streaming(flags.stream, config)
+  output = report.check_output(flags.json) if flags.json is not None else None
+  conversations = read_prompts(flags.prompt, flags.prompts_file)
+
+  # Load: small files first, since they may be damaged.
+  cli.setup_jax_cache()
+  drafters = plan.load_drafters()
+  tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  requests = [
+    Request(sequence_id=i, tokens=tuple(tokenizer.encode_chat(messages)))
+    for i, messages in enumerate(conversations)
+  ]
+  plan.check_context(requests)
+  target = load_target(config.target, plan.config.dtype)
+
+  # Compile.
+  device = jax.devices()[0].device_kind
+  sessions = {}
+  for mode, tree in plan.trees.items():
+    print(f"compiling {mode} for {device}", file=sys.stderr, flush=True)
+    sessions[mode] = Session(
+      plan.models(mode, target, drafters),
+      requests,
+      plan.sampling,
+      mode=mode,
+      tree=tree,
+      max_new_tokens=config.max_new_tokens,
+      stop_ids=tokenizer.stop_ids,
+      batch_size=config.batch_size,
+    )
+
+  # Decode and report.
+  printer = report.Printer(tokenizer, len(requests), stream, flags.trace)
+  answers: dict[str, list[Answer]] = {}
+  if config.mode == "compare":
+    for mode, session in sessions.items():
+      session.warm_up()
+      answers[mode] = printer.decode_quietly(session)
+    margins = difference_margins(answers, target, plan)
+    report.print_comparison(answers, margins, plan)
+  else:
+    (session,) = sessions.values()
+    answers[config.mode] = printer.decode_aloud(session)
+    report.print_closing_line(answers[config.mode], plan)
+  if output is not None:
+    records = [
+      report.make_record(answer, plan, tokenizer)
+      for of_one_prompt in zip(*answers.values(), strict=True)
+      for answer in of_one_prompt
+    ]
+    report.write_json(output, records)
+
+
+def choose_streaming(wanted: bool | None, config: DecodeConfig) -> bool:
+  """Whether text is printed as it is accepted; only single rows can be."""
+  possible = config.batch_size == 1 and config.mode != "compare"
+  require(
+    possible or not wanted,
+    "stream",
+    True,
+    "batch_size=1 and a mode other than compare",
+  )
+  return possible if wanted is None else wanted
+
+
+def difference_margins(
+  answers: Mapping[str, Sequence[Answer]], target: LlamaTarget, plan: Plan
+) -> dict[tuple[str, int], float]:
+  """How sure `ar` was wherever a mode first differs from it.
+
+  Args:
+    answers: of every mode, in input order.
+    target: the target.
+    plan: what was run.
+
+  Returns:
+    The margin between `ar`'s two best scores, by mode and prompt.
+  """
+  margins = {}
+  for mode, others in answers.items():
+    for i, (ar, other) in enumerate(zip(answers["ar"], others, strict=True)):
+      where = first_difference(ar.tokens, other.tokens)
+      if where is not None:
+        tokens = [*ar.request.tokens, *ar.tokens[:where]]
+        margins[mode, i] = choice_margin(
+          target,
+          tokens,
+          ar.request.sequence_id,
+          plan.sampling,
+          bucket(len(tokens)),
+        )
+  return margins
+
+
+if __name__ == "__main__":
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  cli.exit_with(cli.run(main))

@@ -1,0 +1,244 @@
+"""Distills one drafter from a frozen target (Sec. 3.4).
+
+    python train.py --config=configs/smollm2_dflash.py --workdir=runs/dflash
+    python train.py --config=configs/smollm2_vp.py --workdir=runs/vp
+    python train.py --config=configs/smollm2_dflash.py --workdir=runs/try \
+        --config.num_steps=100 --config.batch_size=8
+
+The work directory holds checkpoints of the whole state, `metrics.jsonl`, and
+at the end the drafter under `export/`. Started again with the same flags, a
+run that was stopped goes on exactly where its last checkpoint stood.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TextColumn,
+  TimeRemainingColumn,
+)
+
+from d2sd_jax import cli
+from d2sd_jax.config import (
+  DrafterConfig,
+  TargetConfig,
+  TrainConfig,
+  default_target_layer_ids,
+)
+from d2sd_jax.errors import require
+from d2sd_jax.io.drafter_format import save_drafter
+from d2sd_jax.io.models import (
+  load_drafter,
+  load_target,
+  read_target_config,
+  target_path,
+)
+from d2sd_jax.io.paths import atomic_write, find_checkpoint
+from d2sd_jax.io.tokenizer import ChatTokenizer
+from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.training.checkpoint import Checkpointer
+from d2sd_jax.training.data import (
+  eval_batches,
+  make_dataset,
+  read_conversations,
+)
+from d2sd_jax.training.step import (
+  eval_step,
+  init_train_state,
+  learning_rate_schedule,
+  train_step,
+)
+
+# Rows evaluated by one call; each row is all anchors of one sequence.
+EVAL_BATCH = 16
+
+
+def drafter_config(config: TrainConfig, target: TargetConfig) -> DrafterConfig:
+  """A drafter shaped like the target's layers, only fewer of them."""
+  ids = config.target_layer_ids or default_target_layer_ids(
+    target.num_layers, config.num_layers
+  )
+  return DrafterConfig(
+    vocab_size=target.vocab_size,
+    hidden_size=target.hidden_size,
+    intermediate_size=target.intermediate_size,
+    num_layers=config.num_layers,
+    num_heads=target.num_heads,
+    num_kv_heads=target.num_kv_heads,
+    head_dim=target.head_dim,
+    rope_theta=target.rope_theta,
+    rms_norm_eps=1e-6,
+    max_length=target.max_length,
+    block_size=config.block_size,
+    mask_token_id=config.mask_token_id,
+    target_layer_ids=ids,
+    num_target_layers=target.num_layers,
+    training_mode=config.role,
+    prefix_weight_base=config.prefix_decay,
+  )
+
+
+def init_drafter(config: TrainConfig, target: TargetConfig) -> Drafter:
+  """Random weights, or those of `init_from` under this run's config."""
+  wanted = drafter_config(config, target)
+  if config.init_from is None:
+    return Drafter(wanted, rngs=nnx.Rngs(config.seed))
+  drafter = load_drafter(config.init_from, target)
+  for field in ("num_layers", "target_layer_ids", "mask_token_id"):
+    theirs, mine = getattr(drafter.config, field), getattr(wanted, field)
+    require(theirs == mine, f"init_from {field}", theirs, f"{mine}")
+  drafter.config = wanted
+  return drafter
+
+
+def evaluate(graphdef, params, target, records, config: TrainConfig) -> dict:
+  """α simulated over all anchors, and accuracy by slot, on held-out data."""
+  sums = None
+  for batch in eval_batches(records, EVAL_BATCH):
+    part = eval_step(graphdef, params, target, batch, config=config)
+    sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+  sums = jax.device_get(sums)
+  by_slot = sums["correct"] / sums["supervised"].clip(1)
+  return {
+    "heldout_alpha": 1 + float(sums["accepted"] / max(sums["anchors"], 1)),
+    "heldout_accuracy": [round(float(x), 4) for x in by_slot],
+  }
+
+
+def check(config: TrainConfig) -> None:
+  """What can be known to be wrong before anything is fetched or loaded."""
+  target = read_target_config(config.target)
+  drafter_config(config, target)
+  for field in ("corpus", "heldout"):
+    path = getattr(config, field)
+    is_file = Path(path).expanduser().is_file()
+    require(is_file, field, path, "a file of JSON lines")
+  if config.init_from is not None:
+    find_checkpoint(config.init_from, "init_from")
+  shortest = config.num_anchors <= config.max_length
+  require(shortest, "num_anchors", config.num_anchors, "at most max_length")
+
+
+def train(config: TrainConfig, workdir: Path) -> None:
+  """The run, from data to export."""
+  console = Console(stderr=True)
+  check(config)
+  checkpointer = Checkpointer(workdir, config)
+
+  tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  read = lambda path: read_conversations(
+    path, config.max_length, tokenizer, tokenizer.vocab_size
+  )
+  records, heldout = read(config.corpus), read(config.heldout)
+  heldout = heldout[: config.eval_sequences]
+  dataset = make_dataset(records, config.batch_size, config.seed)
+
+  target = load_target(config.target, config.dtype)
+  drafter = init_drafter(config, target.config)
+  shape = drafter.config
+  graphdef, state = init_train_state(drafter, config)
+  state = checkpointer.restore(state)
+  first = int(state.step)
+  schedule = learning_rate_schedule(config)
+  console.print(
+    f"{config.role}: step {first} of {config.num_steps}, {len(records)} "
+    f"conversations; compiling for {jax.devices()[0].device_kind}"
+  )
+  update = train_step.lower(
+    graphdef, state, target, dataset[first], config=config
+  ).compile()
+
+  task_columns = (TextColumn("{task.description}"), BarColumn())
+  progress = Progress(
+    *task_columns,
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    console=console,
+    disable=not console.is_terminal,
+  )
+  task = progress.add_task("training", total=config.num_steps, completed=first)
+  with progress, open_metrics(workdir / "metrics.jsonl", first) as log:
+    clock, since = time.perf_counter(), first
+    for step in range(first + 1, config.num_steps + 1):
+      state, metrics = update(state, target, dataset[step - 1])
+      last = step == config.num_steps
+      line: dict[str, Any] = {}
+      if step % config.log_every == 0 or last:
+        line = summarize(metrics) | {"learning_rate": float(schedule(step - 1))}
+        now = time.perf_counter()
+        line["seconds_per_step"] = (now - clock) / (step - since)
+        clock, since = now, step
+        label = f"loss {line['loss']:.3f}"
+        progress.update(task, completed=step, description=label)
+      if step % config.eval_every == 0 or last:
+        line |= evaluate(graphdef, state.params, target, heldout, config)
+        clock, since = time.perf_counter(), step
+        alpha = line["heldout_alpha"]
+        console.print(f"step {step}: held-out α {alpha:.3f}")
+      if step % config.checkpoint_every == 0 or last:
+        checkpointer.save(state)
+      if line:
+        log.write(json.dumps({"step": step} | line) + "\n")
+        log.flush()
+  checkpointer.close()
+
+  trained = nnx.merge(graphdef, state.params)
+  trained.config = shape
+  save_drafter(trained, workdir / "export")
+  console.print(f"drafter written to {workdir / 'export'}")
+
+
+def summarize(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+  """One step's metrics as plain numbers; waits for the device."""
+  metrics = jax.device_get(metrics)
+  return {
+    "loss": float(metrics["loss"]),
+    "grad_norm": float(metrics["grad_norm"]),
+    "accuracy": [round(float(x), 4) for x in metrics["accuracy"]],
+  }
+
+
+def open_metrics(path: Path, step: int) -> TextIO:
+  """The log, without lines later than the checkpoint the run goes on from."""
+  lines = (
+    path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+  )
+  kept = [line for line in lines if json.loads(line)["step"] <= step]
+  with atomic_write(path) as temporary:
+    temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+  return path.open("a", encoding="utf-8")
+
+
+EXAMPLES = """\
+  python train.py --config=configs/smollm2_dflash.py --workdir=runs/dflash
+  python train.py --config=configs/smollm2_vp.py --workdir=runs/vp
+  python train.py --config=configs/smollm2_dflash.py --workdir=runs/try \\
+      --config.num_steps=100 --config.batch_size=8
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Reads flags and config, then trains."""
+  parser = cli.FlagParser(
+    "train.py", "Distills one drafter from a frozen target.", EXAMPLES
+  )
+  parser.add_argument("--config", required=True, help="a file in configs/")
+  parser.add_argument("--workdir", required=True, help="checkpoints, metrics")
+  flags, overrides = parser.parse(arguments)
+  config = cli.load_config(TrainConfig, flags.config, overrides)
+  cli.setup_jax_cache()
+  train(config, Path(flags.workdir).expanduser())
+
+
+if __name__ == "__main__":
+  cli.exit_with(cli.run(main))
