@@ -2,9 +2,8 @@
 
     python decode.py --prompt="Explain speculative decoding to a child."
 
-The same tokens as plain autoregressive decoding, in fewer passes of the
-target. Parse and check, load, compile, decode, report: in this order, so that
-a mistake is told before anything is downloaded or computed.
+Parse and check, load, compile, decode, report: in this order, so that a
+mistake is told before anything is downloaded or computed.
 """
 
 import os
@@ -32,6 +31,10 @@ from d2sd_jax.io.prompts import read_prompts
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.target import LlamaTarget
 
+DESCRIPTION = """\
+Answers prompts by dual-diffusion speculative decoding: the same tokens as
+plain autoregressive decoding, in fewer passes of the target.
+"""
 EXAMPLES = """\
   python decode.py --prompt="Explain speculative decoding to a child."
   python decode.py --mode=dflash --trace --prompt="Count to ten."
@@ -46,12 +49,7 @@ CONFIG_FLAGS = (
   ("drafter", str, "PATH", "drafter 1: a folder or a shipped name"),
   ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
   ("mode", str, "|".join((*MODES, "compare")), "default d2sd"),
-  (
-    "block_size",
-    cli.whole_number,
-    "N",
-    "slots of a block (default: drafter's)",
-  ),
+  ("block_size", cli.whole_number, "N", "slots of a block, anchor included"),
   ("num_branches", cli.whole_number, "N", "re-drafts of mode d2sd"),
   ("temperature", cli.number, "T", "default 0, greedy"),
   ("top_k", cli.whole_number, "N", "keep N tokens (default 0, off)"),
@@ -65,7 +63,7 @@ CONFIG_FLAGS = (
 
 def flag_parser() -> cli.FlagParser:
   """All flags of this script."""
-  parser = cli.FlagParser("decode.py", __doc__.split("\n\n")[2], EXAMPLES)
+  parser = cli.FlagParser("decode.py", DESCRIPTION, EXAMPLES)
   add = parser.add_argument_group(
     "what to answer (one of the two)"
   ).add_argument
@@ -157,12 +155,13 @@ def main(arguments: Sequence[str]) -> None:
     (session,) = sessions.values()
     answers[config.mode] = printer.decode_aloud(session)
     report.print_closing_line(answers[config.mode], plan)
+  in_order = [
+    a for prompt in zip(*answers.values(), strict=True) for a in prompt
+  ]
+  if config.mode == "compare":
+    printer.print_traces(in_order)
   if output is not None:
-    records = [
-      report.make_record(answer, plan, tokenizer)
-      for of_one_prompt in zip(*answers.values(), strict=True)
-      for answer in of_one_prompt
-    ]
+    records = [report.make_record(a, plan, tokenizer) for a in in_order]
     report.write_json(output, records)
 
 

@@ -12,6 +12,7 @@ alone turns it into one line on standard error and status 2.
 import argparse
 import ast
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -167,6 +168,9 @@ def run(
   # On a machine whose GPU is not used, JAX says so; the scripts say where
   # they run themselves.
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors="replace")
   try:
     main(sys.argv[1:] if arguments is None else arguments)
     sys.stdout.flush()

@@ -207,7 +207,11 @@ class DecodeConfig:
     modes = (*MODES, "compare")
     for field, ok, expected in (
       ("mode", self.mode in modes, f"one of {', '.join(modes)}"),
-      ("block_size", (self.block_size or 2) >= 2, "at least 2"),
+      (
+        "block_size",
+        self.block_size is None or self.block_size >= 2,
+        "at least 2",
+      ),
       ("num_branches", self.num_branches >= 0, "0 or more"),
       ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
       ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -298,7 +302,11 @@ class TrainConfig:
       ("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 to below 1"),
       ("weight_decay", self.weight_decay >= 0, "0 or more"),
       ("clip_norm", self.clip_norm > 0, "above 0"),
-      ("loss_decay", (self.loss_decay or 1) > 0, "above 0"),
+      (
+        "loss_decay",
+        self.loss_decay is None or self.loss_decay > 0,
+        "above 0",
+      ),
       ("prefix_decay", 0 < self.prefix_decay <= 1, "above 0 and at most 1"),
       (
         "min_prefix_length",

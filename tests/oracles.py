@@ -3,6 +3,8 @@
 Nothing here is shared with the package; loops are preferred to tricks.
 """
 
+import itertools
+
 import numpy as np
 
 
@@ -54,7 +56,7 @@ def longest_accepted(tokens, parents, valid, choices):
     path = node_path(parents, node)
     agreed = all(
       valid[child] and tokens[child] == choices[parent]
-      for parent, child in zip(path, path[1:], strict=False)
+      for parent, child in itertools.pairwise(path)
     )
     if path[0] == 0 and agreed and len(path) > len(best):
       best = path
@@ -169,9 +171,7 @@ class Transformer:
     )
     query = self._norm_rotate(at + "self_attn.q_norm", query, positions)
     own = self.project_kv(i, h, positions)
-    keys, values = (
-      np.concatenate(p) for p in zip(context, own, strict=True)
-    )
+    keys, values = (np.concatenate(p) for p in zip(context, own, strict=True))
     seen = np.concatenate(
       [np.ones((len(x), len(context[0])), bool), mask], axis=1
     )
@@ -194,7 +194,7 @@ class Transformer:
 
 
 def target_forward(tensors, config, tokens):
-  """Plain causal forward: logits `[T, V]`, outputs of each layer `[L, T, D]`."""
+  """Causal forward: logits `[T, V]`, outputs of each layer `[L, T, D]`."""
   model = Transformer(tensors, config, "model.")
   x = model.weight("embed_tokens")[np.asarray(tokens)]
   empty = np.zeros((0, config.num_kv_heads, config.head_dim))

@@ -230,7 +230,7 @@ def test_the_default_is_one_of_the_implementations():
 
 def test_unknown_implementation_is_refused_by_name():
   arrays, options = _inputs()
-  with pytest.raises(UsageError, match="implementation='cuda'.*reference"):
+  with pytest.raises(UsageError, match=r"implementation='cuda'.*reference"):
     _run("cuda", arrays, options)
 
 

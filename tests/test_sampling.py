@@ -19,7 +19,9 @@ _jit_filter = jax.jit(filter_logits)
 
 def _noise(seed, ids, positions):
   return np.asarray(
-    _jit_noise(jnp.uint32(seed), jnp.array(ids), jnp.array(positions), vocab_size=13)
+    _jit_noise(
+      jnp.uint32(seed), jnp.array(ids), jnp.array(positions), vocab_size=13
+    )
   )
 
 

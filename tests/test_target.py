@@ -268,7 +268,7 @@ def test_wrong_tensors_are_refused_by_name(change, message):
 def test_a_tied_target_has_no_head_of_its_own():
   tensors = tiny.target_tensors(tiny.TARGET, 0)
   tied = dataclasses.replace(tiny.TARGET, tied_head=True)
-  with pytest.raises(UsageError, match="lm_head.weight: not part"):
+  with pytest.raises(UsageError, match=r"lm_head\.weight: not part"):
     target_from_tensors(tied, tensors, jnp.float32)
 
 
@@ -316,9 +316,7 @@ def test_smollm2_is_the_recorded_model(smollm2_path):
   models = Models(target=target)
   prompts = [p[:n].tolist() for p, n in zip(ids, lengths, strict=True)]
   new = golden["greedy_ids"].shape[1]
-  state = tiny.start(
-    models, prompts, max_new=new, pad_to=96, capacity=96 + new
-  )
+  state = tiny.start(models, prompts, max_new=new, pad_to=96, capacity=96 + new)
   state = generate(
     models, state, Sampling.create(), _CYCLES, mode="ar", config=TreeConfig()
   )

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from d2sd_jax import TreeConfig, UsageError, ancestor_mask, build_prefix_tree
 from d2sd_jax.tree import chain_tree
 
-
 _jit_build = jax.jit(build_prefix_tree, static_argnames="num_nodes")
 _jit_ancestors = jax.jit(ancestor_mask)
 
 
 def _build(trunk, branches, prefix_lengths, num_nodes):
   return _jit_build(
-    jnp.array(trunk), jnp.array(branches), jnp.array(prefix_lengths), num_nodes=num_nodes
+    jnp.array(trunk),
+    jnp.array(branches),
+    jnp.array(prefix_lengths),
+    num_nodes=num_nodes,
   )
 
 

@@ -15,13 +15,14 @@ from d2sd_jax import (
 )
 from d2sd_jax.sampling import sample
 
-
 _jit_path = jax.jit(longest_accepted_path, static_argnames="max_length")
 
 
 def _tree(tokens, parents, valid=None):
   parents = np.asarray(parents, np.int32)
-  depths = [[len(oracles.node_path(p, i)) - 1 for i in range(len(p))] for p in parents]
+  depths = [
+    [len(oracles.node_path(p, i)) - 1 for i in range(len(p))] for p in parents
+  ]
   return PrefixTree(
     tokens=jnp.array(tokens, jnp.int32),
     parents=jnp.array(parents),
@@ -70,9 +71,7 @@ def test_the_trunk_wins_ties():
 
 
 def test_unused_nodes_are_never_accepted():
-  tree = _tree(
-    [[9, 5, 0]], [[-1, 0, -1]], valid=[[True, True, False]]
-  )
+  tree = _tree([[9, 5, 0]], [[-1, 0, -1]], valid=[[True, True, False]])
   assert _verdict(tree, [[0, 0, 0]], 2) == ([[0, 0]], [0], [0])
 
 
@@ -84,7 +83,7 @@ def test_matches_brute_force(data):
   tokens, parents, valid, choices = [], [], [], []
   for _ in range(rows):
     used = data.draw(st.integers(1, size))
-    draw = lambda: [data.draw(small) for _ in range(size)]  # noqa: B023
+    draw = lambda: [data.draw(small) for _ in range(size)]
     tokens.append(draw())
     choices.append(draw())
     parents.append(
@@ -96,9 +95,7 @@ def test_matches_brute_force(data):
   tree = _tree(tokens, parents, valid)
   path, accepted, anchor = _verdict(tree, choices, size)
   for b in range(rows):
-    best = oracles.longest_accepted(
-      tokens[b], parents[b], valid[b], choices[b]
-    )
+    best = oracles.longest_accepted(tokens[b], parents[b], valid[b], choices[b])
     assert path[b][: accepted[b] + 1] == best
     assert not any(path[b][accepted[b] + 1 :])
     assert anchor[b] == choices[b][best[-1]]

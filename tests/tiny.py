@@ -15,7 +15,7 @@ TARGET = TargetConfig(
   vocab_size=61,
   hidden_size=24,
   intermediate_size=40,
-  num_layers=4,
+  num_layers=3,
   num_heads=6,
   num_kv_heads=2,
   head_dim=8,
@@ -38,7 +38,7 @@ DFLASH = DrafterConfig(
   max_length=128,
   block_size=5,
   mask_token_id=17,
-  target_layer_ids=(1, 2),
+  target_layer_ids=(1,),
   num_target_layers=TARGET.num_layers,
 )
 # Its own taps, mask id and depth: the two must never be confused.
@@ -46,7 +46,7 @@ VP = dataclasses.replace(
   DFLASH,
   num_layers=1,
   mask_token_id=23,
-  target_layer_ids=(0, 2, 3),
+  target_layer_ids=(0, 2),
   training_mode="vp_drafter",
 )
 jit_prefill = jax.jit(prefill, static_argnames="capacity")

@@ -207,11 +207,21 @@ class Printer:
   def _print_answer(self, answer: Answer) -> None:
     self._print_heading(answer.request)
     if self._trace:
-      trace = Trace(self._tokenizer)
-      for part in (slice(0, 1), *answer.cycles):
-        trace.step(answer.tokens[part], answer.origins[part])
-      emit("\n")
+      self._replay(answer)
     emit(answer_text(self._tokenizer, answer.tokens) + "\n\n")
+
+  def print_traces(self, answers: Iterable[Answer]) -> None:
+    """Traces of answers that were decoded quietly, if traces are wanted."""
+    for answer in answers if self._trace else ():
+      number = answer.request.sequence_id + 1
+      emit(f"\n{answer.mode}, prompt {number} of {self._num_prompts}\n")
+      self._replay(answer)
+
+  def _replay(self, answer: Answer) -> None:
+    trace = Trace(self._tokenizer)
+    for part in (slice(0, 1), *answer.cycles):
+      trace.step(answer.tokens[part], answer.origins[part])
+    emit("\n")
 
   def _print_heading(self, request: Request) -> None:
     if self._num_prompts > 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.tokenizer import check_messages
+from d2sd_jax.io.tokenizer import check_messages, check_unicode
 
 Conversation: TypeAlias = list[dict[str, str]]
 
@@ -80,6 +80,7 @@ def _parse_line(line: bytes) -> Conversation:
 def _user_turn(text: Any) -> Conversation:
   is_text = isinstance(text, str) and bool(text.strip())
   require(is_text, "prompt", text, "some text")
+  check_unicode("prompt", text)
   return _check_turns([{"role": "user", "content": text}])
 
 

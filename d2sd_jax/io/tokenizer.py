@@ -72,7 +72,7 @@ class ChatTokenizer:
     Raises:
       UsageError: the text is no valid Unicode.
     """
-    _check_unicode(text)
+    check_unicode("text", text)
     return self._bpe.encode(text, add_special_tokens=False).ids
 
   def encode_prompt(self, text: str) -> list[int]:
@@ -229,15 +229,15 @@ def _check_message(index: int, message: Mapping[str, str]) -> None:
   role, content = message.get("role"), message.get("content")
   require(role in ROLES, f"{field} role", role, f"one of {', '.join(ROLES)}")
   require(isinstance(content, str), f"{field} content", content, "a string")
-  _check_unicode(str(content))
+  check_unicode(f"{field} content", str(content))
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(field: str, text: str) -> None:
   """Raises `UsageError` for text that no UTF-8 can hold (lone surrogates)."""
   try:
     text.encode()
   except UnicodeEncodeError as error:
-    raise UsageError(f"text {text[:40]!r}: expected valid UTF-8") from error
+    raise UsageError(f"{field} {text[:40]!r}: expected valid UTF-8") from error
 
 
 def _get(metadata: Mapping[str, Any], key: str) -> Any:

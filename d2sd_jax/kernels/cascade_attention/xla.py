@@ -59,16 +59,27 @@ def _prefix_part(query, keys, values, mask):
   """All nodes of all groups against the one shared prefix."""
   scores = dot_float32("bgrjnh,bjsh->bgrjns", query, keys)
   weights, total, lse = _softmax(scores, mask, query.shape[-1])
-  weights = weights.astype(values.dtype)
-  return dot_float32("bgrjns,bjsh->bgrjnh", weights, values) / total, lse
+  return _weigh("bgrjns,bjsh->bgrjnh", weights, values) / total, lse
 
 
 def _local_part(query, keys, values, mask):
   """Each group's nodes against the nodes of the same group."""
   scores = dot_float32("bgrjnh,bgkjh->bgrjnk", query, keys)
   weights, total, lse = _softmax(scores, mask, query.shape[-1])
-  weights = weights.astype(values.dtype)
-  return dot_float32("bgrjnk,bgkjh->bgrjnh", weights, values) / total, lse
+  return _weigh("bgrjnk,bgkjh->bgrjnh", weights, values) / total, lse
+
+
+def _weigh(spec, weights, values):
+  """Weighted sum of values, in their dtype, accumulated in float32."""
+
+  def narrow(weights, values):
+    return dot_float32(spec, weights.astype(values.dtype), values)
+
+  def wide(weights, values):
+    return dot_float32(spec, weights, values.astype(jnp.float32))
+
+  # XLA has no bfloat16 product for some of these layouts on a CPU.
+  return jax.lax.platform_dependent(weights, values, cpu=wide, default=narrow)
 
 
 def _softmax(scores, mask, head_dim):

@@ -1,0 +1,488 @@
+"""The command line of `decode.py`: every mistake is one line and status 2."""
+
+import functools
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+from flax import nnx
+
+from d2sd_jax import Drafter, DrafterConfig, UsageError, __version__, cli
+from d2sd_jax.config import DecodeConfig
+from d2sd_jax.decoding import plan as planning
+from d2sd_jax.decoding import report
+from d2sd_jax.decoding.session import Answer, Request
+from d2sd_jax.io import models
+from d2sd_jax.io.drafter_format import save_drafter
+from d2sd_jax.io.fetch import SMOLLM2_135M, DownloadError
+from d2sd_jax.io.tokenizer import ChatTokenizer, TextStream
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+OLD = "what was there before"
+
+
+def load_script(name):
+  spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+decode = load_script("decode")
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory):
+  """Two drafter folders that fit the default target, as small as can be."""
+  folder = tmp_path_factory.mktemp("drafters")
+  for role in ("dflash", "vp_drafter"):
+    config = DrafterConfig(
+      vocab_size=SMOLLM2_135M.vocab_size,
+      hidden_size=SMOLLM2_135M.hidden_size,
+      intermediate_size=3,
+      num_layers=1,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=4,
+      rope_theta=1e4,
+      rms_norm_eps=1e-6,
+      max_length=512,
+      block_size=7,
+      mask_token_id=16,
+      target_layer_ids=(15,),
+      num_target_layers=SMOLLM2_135M.num_layers,
+      training_mode=role,
+    )
+    save_drafter(Drafter(config, rngs=nnx.Rngs(0)), folder / role)
+  return folder
+
+
+@pytest.fixture
+def files(tmp_path, drafters, monkeypatch):
+  """A folder of bad files to stand in; anything fetched fails the test."""
+  monkeypatch.chdir(tmp_path)
+
+  def refuse(*_):
+    raise AssertionError("a download was tried")
+
+  monkeypatch.setattr(models, "fetch_default_target", refuse)
+  monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
+  write = lambda name, text: (tmp_path / name).write_text(text, "utf-8")
+  write("out.json", OLD)
+  write("good.jsonl", '{"prompt": "hi"}\n')
+  write("empty.jsonl", "\n \n")
+  write("broken.jsonl", '{"prompt": "hi"}\n\n{"prompt": \n')
+  write("blank.jsonl", '{"prompt": "hi"}\n{"prompt": " "}\n')
+  write("neither.jsonl", '{"text": "hi"}\n')
+  write("number.jsonl", "3\n")
+  write("role.jsonl", '{"messages": [{"role": "owl", "content": "hi"}]}\n')
+  write("turns.jsonl", '{"messages": []}\n')
+  write("surrogate.jsonl", '{"prompt": "\\ud800"}\n')
+  (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n')
+  write("raises.py", "raise RuntimeError('first\\nsecond')\n")
+  write("nothing.py", "x = 1\n")
+  write("none.py", "get_config = lambda: None\n")
+  config = "import ml_collections as m\nget_config = lambda: m.ConfigDict(%s)\n"
+  write("key.py", config % "{'temprature': 1.0}")
+  write("value.py", config % "{'temperature': -2.0}")
+  write("not.gguf", "no such thing")
+
+  changes = {
+    "narrow": {"hidden_size": 575},
+    "words": {"vocab_size": 49151},
+    "layers": {"num_target_layers": 29},
+    "taps": {"target_layer_ids": [30]},
+    "mask": {"mask_token_id": 2},
+    "bias": {"attention_bias": True},
+  }
+  for name, change in changes.items():
+    copy_drafter(drafters / "dflash", tmp_path / name, change)
+  copy_drafter(drafters / "dflash", tmp_path / "cut", {}, keep=900)
+  (tmp_path / "hollow").mkdir()
+  return tmp_path
+
+
+def copy_drafter(source, folder, change, keep=None):
+  folder.mkdir()
+  raw = json.loads((source / "config.json").read_text())
+  for key, value in change.items():
+    (raw if key in raw else raw["dflash_config"])[key] = value
+  (folder / "config.json").write_text(json.dumps(raw))
+  weights = (source / "model.safetensors").read_bytes()
+  (folder / "model.safetensors").write_bytes(weights[:keep])
+
+
+# Arguments beside `--prompt=hi` and good drafters, and what the line says.
+MISTAKES = [
+  (["--mode=fast"], ["mode='fast'", "ar, dflash, d2sd, compare"]),
+  (["--temprature=1"], ["unknown flag '--temprature=1'", "--temperature"]),
+  (["--temp=1"], ["unknown flag '--temp=1'"]),
+  (["hello"], ["'hello'"]),
+  (["--dtype=float16"], ["dtype='float16'", "float32, bfloat16"]),
+  (["--mode"], ["--mode", "expected one argument"]),
+  (["--temperature=warm"], ["--temperature", "'warm'", "a number"]),
+  (["--top_k=1.5"], ["--top_k", "'1.5'", "a whole number"]),
+  (["--temperature=-0.1"], ["temperature=-0.1", "0 or more"]),
+  (["--temperature=nan"], ["temperature=nan", "0 or more"]),
+  (["--top_k=-1"], ["top_k=-1", "0 (off) or more"]),
+  (["--top_p=0"], ["top_p=0.0", "above 0"]),
+  (["--top_p=1.01"], ["top_p=1.01", "at most 1"]),
+  (["--max_new_tokens=0"], ["max_new_tokens=0", "at least 1"]),
+  (["--max_new_tokens=8192"], ["max_new_tokens=8192", "8192"]),
+  (["--batch_size=0"], ["batch_size=0", "at least 1"]),
+  (["--seed=-1"], ["seed=-1", "0 to"]),
+  (["--block_size=1"], ["block_size=1", "at least 2"]),
+  (["--block_size=0"], ["block_size=0", "at least 2"]),
+  (["--block_size=9999"], ["block_size=9999", "8192"]),
+  (["--num_branches=-1"], ["num_branches=-1", "0 or more"]),
+  (["--block_size=5", "--num_branches=5"], ["num_branches=5", "= 4"]),
+  (["--mode=compare", "--stream"], ["stream=True", "compare"]),
+  (["--batch_size=2", "--stream"], ["stream=True", "batch_size=1"]),
+  (["--config=no.py"], ["config='no.py'", "smollm2"]),
+  (["--config=raises.py"], ["raises.py", "RuntimeError: first second"]),
+  (["--config=nothing.py"], ["nothing.py", "get_config()"]),
+  (["--config=none.py"], ["none.py", "ConfigDict"]),
+  (["--config=key.py"], ["'temprature'", "temperature"]),
+  (["--config=value.py"], ["temperature=-2.0", "0 or more"]),
+  (["--config.temprature=1"], ["'temprature'", "temperature"]),
+  (["--config.top_k=many"], ["top_k='many'", "int"]),
+  (["--config.top_k"], ["--config.top_k", "a value"]),
+  (["--target=no.gguf"], ["target='no.gguf'", "GGUF"]),
+  (["--target=hollow"], ["target='hollow'", "GGUF"]),
+  (["--target=not.gguf"], ["not.gguf", "GGUF"]),
+  (["--drafter=nowhere"], ["drafter='nowhere'"]),
+  (["--vp_drafter=nowhere"], ["vp_drafter='nowhere'"]),
+  (["--drafter=hollow"], ["hollow", "config.json"]),
+  (["--drafter=narrow"], ["narrow", "hidden_size=575", "576"]),
+  (["--drafter=words"], ["words", "vocab_size=49151", "49152"]),
+  (["--drafter=layers"], ["layers", "num_target_layers=29", "30"]),
+  (["--drafter=taps"], ["taps", "target_layer_ids=(30,)", "below 30"]),
+  (["--drafter=mask"], ["mask", "mask_token_id=2", "never produces"]),
+  (["--vp_drafter=mask"], ["mask", "mask_token_id=2", "never produces"]),
+  (["--drafter=bias"], ["bias", "attention_bias=True", "False"]),
+  (["--drafter=cut"], ["cut", "whole safetensors file"]),
+  (["--json=hollow"], ["json='hollow'", "a file"]),
+  (["--json=good.jsonl/x"], ["json='good.jsonl/x'", "a file"]),
+  (["--json="], ["json=''", "a file"]),
+]
+PROMPT_MISTAKES = [
+  ([], ["--prompt", "--prompts_file", "neither"]),
+  (["--prompt=hi", "--prompts_file=good.jsonl"], ["both"]),
+  (["--prompt="], ["prompt=''", "some text"]),
+  (["--prompt= \n "], ["prompt=", "some text"]),
+  (["--prompt=-"], ["prompt='\\n'", "some text"]),
+  (["--prompt=\udcff"], ["prompt", "UTF-8"]),
+  (["--prompts_file=no.jsonl"], ["prompts_file='no.jsonl'", "JSON lines"]),
+  (["--prompts_file=hollow"], ["prompts_file='hollow'", "JSON lines"]),
+  (["--prompts_file=empty.jsonl"], ["empty.jsonl", "at least one"]),
+  (["--prompts_file=broken.jsonl"], ["broken.jsonl", "line 3", "JSON"]),
+  (["--prompts_file=blank.jsonl"], ["line 2", "prompt=' '", "some text"]),
+  (["--prompts_file=neither.jsonl"], ["line 1", "prompt or messages"]),
+  (["--prompts_file=number.jsonl"], ["line 1", "int"]),
+  (["--prompts_file=role.jsonl"], ["line 1", "'owl'", "user"]),
+  (["--prompts_file=turns.jsonl"], ["line 1", "messages=[]", "one turn"]),
+  (["--prompts_file=latin.jsonl"], ["line 1", "JSON object"]),
+  (["--prompts_file=surrogate.jsonl"], ["line 1", "UTF-8"]),
+]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    *((["--prompt=hi", *given], words) for given, words in MISTAKES),
+    *PROMPT_MISTAKES,
+  ],
+)
+def test_a_mistake_is_one_line_before_any_download(
+  files, drafters, monkeypatch, capsys, arguments, words
+):
+  monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+  before = {p: p.read_bytes() for p in files.rglob("*") if p.is_file()}
+  status = cli.run(
+    decode.main,
+    [
+      f"--drafter={drafters / 'dflash'}",
+      f"--vp_drafter={drafters / 'vp_drafter'}",
+      "--json=out.json",
+      *arguments,
+    ],
+  )
+  out, err = capsys.readouterr()
+  assert (status, out, err.count("\n")) == (2, "", 1)
+  assert err.startswith("error: ")
+  assert [word for word in words if word not in err] == []
+  assert {p: p.read_bytes() for p in files.rglob("*") if p.is_file()} == before
+
+
+def test_the_download_comes_after_all_checks(files, drafters, monkeypatch):
+  """And what it says is told like any other mistake."""
+  offline = lambda: (_ for _ in ()).throw(DownloadError("no network"))
+  monkeypatch.setattr(models, "fetch_default_target", offline)
+  arguments = [
+    f"--drafter={drafters / 'dflash' / 'model.safetensors'}",
+    f"--vp_drafter={drafters / 'vp_drafter'}",
+    "--prompt=hi",
+    "--json=new/folder/out.json",
+  ]
+  with pytest.raises(DownloadError):
+    decode.main(arguments)
+  assert cli.run(decode.main, arguments) == 2
+  assert not (files / "new").exists()
+
+
+@pytest.mark.parametrize("mode", ["ar", "dflash"])
+def test_what_a_mode_does_not_use_is_not_checked(drafters, mode):
+  unused = {"vp_drafter": "nowhere", "num_branches": 99}
+  if mode == "ar":
+    unused["drafter"] = "nowhere"
+  else:
+    unused["drafter"] = str(drafters / "dflash")
+  plan = planning.make_plan(DecodeConfig(mode=mode, **unused))
+  assert list(plan.trees) == [mode]
+  assert plan.trees[mode].num_branches == 0
+  assert plan.trees[mode].block_size == (2 if mode == "ar" else 7)
+
+
+def test_prompt_longer_than_the_context():
+  config = DecodeConfig(mode="ar", max_new_tokens=192)
+  plan = planning.make_plan(config)
+  longest = Request(sequence_id=0, tokens=(5,) * 8000)
+  plan.check_context([longest])
+  too_long = Request(sequence_id=1, tokens=(5,) * 8001)
+  with pytest.raises(UsageError, match=r"prompt 2 tokens=8001: .* 8000"):
+    plan.check_context([longest, too_long])
+
+
+def test_long_prompt_is_one_line(smollm2_path, monkeypatch, capsys):
+  del smollm2_path  # There is a target to fetch.
+  monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
+  monkeypatch.setattr(
+    decode, "load_target", lambda *_: pytest.fail("weights were loaded")
+  )
+  status = cli.run(decode.main, ["--mode=ar", "--prompt=" + "owl " * 8000])
+  out, err = capsys.readouterr()
+  assert (status, out, err.count("\n")) == (2, "", 1)
+  assert "expected at most 7936" in err
+
+
+def test_chat_ids_known_beforehand(smollm2_path):
+  tokenizer = ChatTokenizer.from_gguf(smollm2_path)
+  assert tokenizer.chat_ids == planning.DEFAULT_CHAT_IDS
+
+
+def test_the_config_and_what_overrides_it(files):
+  arguments = ["--config.temperature=0.5", "--config.mode", "ar", "--seed=4"]
+  flags, overrides = decode.flag_parser().parse(arguments)
+  assert (flags.config, flags.seed) == ("smollm2", 4)
+  assert overrides == {"temperature": 0.5, "mode": "ar"}
+  config = cli.load_config(DecodeConfig, "smollm2", overrides)
+  assert (config.mode, config.temperature) == ("ar", 0.5)
+  assert config.max_new_tokens == 256
+
+
+def test_config_files_leave_nothing_behind(files):
+  (files / "own.py").write_text(
+    "import ml_collections as m\n"
+    "def get_config():\n"
+    "  return m.ConfigDict({'top_k': helper()})\n"
+    "def helper():\n"
+    "  return 3\n"
+  )
+  before = sorted(files.rglob("*"))
+  assert cli.load_config(DecodeConfig, "own.py").top_k == 3
+  assert sorted(files.rglob("*")) == before
+
+
+def test_help_and_version(capsys):
+  assert cli.run(decode.main, ["--help"]) == 0
+  text = capsys.readouterr().out
+  for name, *_ in decode.CONFIG_FLAGS:
+    assert f"--{name}" in text
+  assert "examples:\n  python decode.py" in text
+  assert max(map(len, text.splitlines())) <= 80
+  assert cli.run(decode.main, ["--version"]) == 0
+  assert capsys.readouterr().out == f"d2sd_jax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+  ("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)]
+)
+def test_ends_quietly(error, status, capsys):
+  def main(arguments):
+    raise error
+
+  assert cli.run(main, []) == status
+  assert capsys.readouterr() == ("", "")
+
+
+def test_interrupted_json_leaves_the_old_one(files, monkeypatch):
+  def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(json, "dumps", interrupt)
+  before = sorted(files.iterdir())
+  with pytest.raises(KeyboardInterrupt):
+    report.write_json(files / "out.json", [{}])
+  assert (files / "out.json").read_text() == OLD
+  assert sorted(files.iterdir()) == before
+
+
+class FakeTokenizer:
+  """A letter per id; the shape of the real one."""
+
+  stop_ids = (61,)
+
+  @classmethod
+  def from_gguf(cls, path):
+    return cls()
+
+  def encode_chat(self, messages):
+    return [3 + ord(c) % 50 for m in messages for c in m["content"]]
+
+  def token_bytes(self, token_id):
+    return bytes([64 + token_id])
+
+  def stream(self):
+    return TextStream(self)
+
+  def decode(self, ids):
+    return "".join(chr(64 + i) for i in ids)
+
+
+@pytest.fixture
+def tiny_target(tmp_path, monkeypatch):
+  """The whole script around a tiny target; gives the flags for it."""
+  monkeypatch.setattr(planning, "read_target_config", lambda _: tiny.TARGET)
+  monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
+  monkeypatch.setattr(decode, "target_path", lambda _: None)
+  monkeypatch.setattr(decode, "load_target", lambda *_: tiny.target())
+  monkeypatch.setattr(decode, "ChatTokenizer", FakeTokenizer)
+  save_drafter(tiny.drafter(), tmp_path / "one")
+  save_drafter(tiny.drafter(tiny.VP), tmp_path / "two")
+  return [
+    f"--drafter={tmp_path / 'one'}",
+    f"--vp_drafter={tmp_path / 'two'}",
+    "--max_new_tokens=9",
+    "--block_size=4",
+    "--dtype=float32",
+  ]
+
+
+def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
+  output = tmp_path / "new" / "out.json"
+  arguments = [*tiny_target, "--prompt=owl", f"--json={output}"]
+  assert cli.run(decode.main, arguments) == 0
+  out, err = capsys.readouterr()
+  text, closing = out.split("\n\n")
+  (record,) = json.loads(output.read_text())
+  assert record["text"] == text
+  assert (record["mode"], len(record["tokens"])) == ("d2sd", 9)
+  assert (record["block_size"], record["num_branches"]) == (4, 2)
+  assert [p.name for p in output.parent.iterdir()] == ["out.json"]
+  assert "9 tokens" in closing
+  assert "α" in closing
+  assert "tokens/s" in closing
+  assert err.startswith("compiling d2sd for ")
+  assert err.count("\n") == 1
+
+
+class FakeSession:
+  """Answers at once, and in mode dflash one token otherwise than `ar`."""
+
+  def __init__(self, models, requests, sampling, *, mode, batch_size, **_):
+    assert batch_size == 2
+    assert len(models.drafters) == decode.MODES.index(mode)
+    self.mode, self._requests = mode, requests
+
+  def warm_up(self):
+    pass
+
+  def batches(self):
+    return [self._requests]
+
+  def decode(self, requests):
+    wrong = self.mode == "dflash"
+    return [
+      Answer(
+        request=request,
+        mode=self.mode,
+        tokens=[8, 9, 10 + (wrong and request.sequence_id == 1)],
+        origins=[0, 1, 0],
+        accepted_per_cycle=[1, 1] if self.mode == "ar" else [2],
+        prefill_seconds=0.5,
+        decode_seconds=0.25,
+        batch_rows=len(requests),
+      )
+      for request in requests
+    ]
+
+
+def test_compare(tiny_target, tmp_path, monkeypatch, capsys):
+  prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.json"
+  prompts.write_text('{"prompt": "owl"}\n{"prompt": "a cat"}\n')
+  margins = []
+  measure = lambda target, tokens, *_: margins.append(tokens) or 0.25
+  monkeypatch.setattr(decode, "choice_margin", measure)
+  monkeypatch.setattr(decode, "Session", FakeSession)
+  arguments = [
+    *("--mode=compare", f"--prompts_file={prompts}", f"--json={output}"),
+    *("--batch_size=2", "--trace"),
+  ]
+  assert cli.run(decode.main, [*tiny_target, *arguments]) == 0
+  out = capsys.readouterr().out
+  assert out.count("yes (2 of 2)") == 2
+  assert "no (1 of 2)" in out
+  assert "dflash, prompt 2: token 2 differs" in out
+  assert "0.25 apart: not a tie" in out
+  # The target's choice is judged after the prompt and the tokens before it.
+  letters = FakeTokenizer().encode_chat([{"content": "a cat"}])
+  assert margins == [[*letters, 8, 9]]
+  assert out.index("ar, prompt 2 of 2") < out.index("d2sd, prompt 2 of 2")
+  records = json.loads(output.read_text())
+  assert [r["mode"] for r in records] == ["ar", "dflash", "d2sd"] * 2
+  assert [len(r["prompt_tokens"]) for r in records] == [3] * 3 + [5] * 3
+  assert [r["tokens_per_second"] for r in records] == [8.0] * 6
+
+
+@functools.cache
+def environment():
+  return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+
+def test_the_script_itself(tmp_path):
+  """A mistake, and the same line with an encoding that cannot say it."""
+  done = subprocess.run(
+    [sys.executable, ROOT / "decode.py", "--prompt=hi", "--mode=schön"],
+    cwd=tmp_path,
+    env=environment() | {"PYTHONIOENCODING": "ascii"},
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.count("\n") == 1
+  assert done.stderr.startswith("error: mode=")
+
+
+def test_ctrl_c(tmp_path):
+  """The script waits for its prompts when the interrupt comes."""
+  fifo = tmp_path / "prompts"
+  os.mkfifo(fifo)
+  process = subprocess.Popen(
+    [sys.executable, ROOT / "decode.py", "--mode=ar", f"--prompts_file={fifo}"],
+    cwd=tmp_path,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  with open(fifo, "wb"):
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"")
+  assert process.returncode == 130

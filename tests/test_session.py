@@ -1,0 +1,252 @@
+"""Sessions: ragged batches, records, timing, streaming, interrupts."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from d2sd_jax import Models, Sampling, TreeConfig
+from d2sd_jax.config import DecodeConfig
+from d2sd_jax.decoding import report
+from d2sd_jax.decoding.plan import Plan
+from d2sd_jax.decoding.policies import POLICIES
+from d2sd_jax.decoding.session import Request, Session, bucket, interruptible
+from d2sd_jax.io.tokenizer import TextStream
+from d2sd_jax.tree import ANCHOR, RE_DRAFT
+
+TREE = TreeConfig(block_size=5, num_branches=2)
+LIMIT = 17
+# Pairwise different lengths; the last batch of two has one row to spare.
+PROMPTS = ((3, 9, 4), (60, 1, 2, 33, 7, 5, 11), (8, 40, 21, 6, 13))
+REQUESTS = [Request(sequence_id=i, tokens=p) for i, p in enumerate(PROMPTS)]
+
+
+class FakeTokenizer:
+  """Each id is one byte, and some are half a character."""
+
+  def __init__(self, stop_ids):
+    self.stop_ids = stop_ids
+
+  def token_bytes(self, token_id):
+    return bytes([0xC3 if token_id % 3 == 0 else 0xA9])
+
+  def stream(self):
+    return TextStream(self)
+
+  def decode(self, ids):
+    stream = self.stream()
+    return stream.push(ids) + stream.flush()
+
+
+@functools.cache
+def compiled_session(mode, batch_size):
+  drafters = (tiny.drafter(), tiny.drafter(tiny.VP))
+  used = drafters[: POLICIES[mode].num_drafters]
+  return Session(
+    Models(target=tiny.target(), drafters=used),
+    REQUESTS,
+    Sampling.create(0.9, seed=3),
+    mode=mode,
+    tree=TREE,
+    max_new_tokens=LIMIT,
+    stop_ids=(61,),
+    batch_size=batch_size,
+  )
+
+
+def make_session(mode, batch_size=2, stop_ids=(61,)):
+  """Compiled once: stop ids are an argument of the programs."""
+  session = copy.copy(compiled_session(mode, batch_size))
+  session._stop_ids = np.asarray(stop_ids, np.int32)
+  return session
+
+
+@functools.cache
+def decode_all(mode, batch_size=2, stop_ids=(61,)):
+  session = make_session(mode, batch_size, stop_ids)
+  answers = [session.decode(batch) for batch in session.batches()]
+  return [answer for batch in answers for answer in batch]
+
+
+def check_identities(answers):
+  for answer, prompt in zip(answers, PROMPTS, strict=True):
+    assert answer.request.tokens == prompt
+    assert 1 + sum(answer.accepted_per_cycle) == len(answer.tokens)
+    assert len(answer.origins) == len(answer.tokens)
+    assert all(n >= 1 for n in answer.accepted_per_cycle)
+    parts = [answer.tokens[part] for part in answer.cycles]
+    later = list(itertools.chain.from_iterable(parts))
+    assert answer.tokens[:1] + later == answer.tokens
+
+
+@pytest.mark.parametrize("mode", POLICIES)
+def test_ragged_batches(mode):
+  session = make_session(mode)
+  assert [len(batch) for batch in session.batches()] == [2, 1]
+  answers = decode_all(mode)
+  check_identities(answers)
+  assert [len(a.tokens) for a in answers] == [LIMIT] * 3
+  assert [a.batch_rows for a in answers] == [2, 2, 1]
+  assert all(a.prefill_seconds > 0 and a.decode_seconds > 0 for a in answers)
+  assert [a.tokens for a in answers] == [a.tokens for a in decode_all("ar")]
+
+
+def test_ar_commits_one_token_a_cycle():
+  for answer in decode_all("ar"):
+    assert answer.accepted_per_cycle == [1] * (LIMIT - 1)
+    assert answer.origins == [ANCHOR] * LIMIT
+
+
+@pytest.mark.parametrize("mode", ["ar", "d2sd"])
+def test_stop_id_ends_its_row_and_is_included(mode):
+  stop = decode_all("ar")[1].tokens[6]
+  answers = decode_all(mode, stop_ids=(stop,))
+  check_identities(answers)
+  for answer, whole in zip(answers, decode_all("ar"), strict=True):
+    ids = whole.tokens
+    end = ids.index(stop) + 1 if stop in ids else LIMIT
+    assert answer.tokens == ids[:end]
+
+
+def test_the_batch_does_not_matter():
+  singly = decode_all("d2sd", batch_size=1)
+  assert [a.tokens for a in singly] == [a.tokens for a in decode_all("d2sd")]
+  assert [a.batch_rows for a in singly] == [1, 1, 1]
+
+
+def test_streaming_gives_the_same_in_steps():
+  session = make_session("d2sd", batch_size=1)
+  for request, whole in zip(REQUESTS, decode_all("d2sd", 1), strict=True):
+    steps = []
+    on_step = lambda tokens, origins: steps.append((tokens, origins))  # noqa: B023
+    (answer,) = session.decode([request], on_step)
+    assert answer.tokens == whole.tokens
+    assert answer.origins == whole.origins
+    assert answer.accepted_per_cycle == whole.accepted_per_cycle
+    pushed = itertools.chain.from_iterable(tokens for tokens, _ in steps)
+    assert list(pushed) == whole.tokens
+    assert [len(t) for t, _ in steps] == [1, *whole.accepted_per_cycle]
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_printed_text_is_the_same_streamed_or_not(capsys, trace):
+  stop = decode_all("ar")[0].tokens[4]
+  tokenizer = FakeTokenizer((stop,))
+  texts = []
+  for stream in (True, False):
+    session = make_session("d2sd", 1, (stop,))
+    printer = report.Printer(tokenizer, len(PROMPTS), stream, trace)
+    answers = printer.decode_aloud(session)
+    texts.append(capsys.readouterr().out)
+  assert texts[0] == texts[1]
+  for answer in answers:
+    assert report.answer_text(tokenizer, answer.tokens) + "\n\n" in texts[0]
+  # Not cut at a stop id alone: one token of a cycle per line, and prefill's.
+  lines = [line for line in texts[0].splitlines() if " +" in line]
+  cycles = sum(1 + len(a.accepted_per_cycle) for a in answers)
+  assert len(lines) == (cycles if trace else 0)
+
+
+def test_nothing_compiles_after_construction():
+  session = make_session("d2sd", batch_size=1)
+  compiled = []
+  listen = lambda event, *_, **__: compiled.append(event)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    session.warm_up()
+    compiled.clear()
+    for request in REQUESTS:
+      session.decode([request])
+    assert [e for e in compiled if "backend_compile" in e] == []
+  finally:
+    jax.monitoring.clear_event_listeners()
+
+
+def test_record():
+  answer = decode_all("d2sd")[1]
+  tokenizer = FakeTokenizer((answer.tokens[-1],))
+  plan = Plan(
+    config=DecodeConfig(temperature=0.9, seed=3, dtype="float32"),
+    target=tiny.TARGET,
+    drafters=(),
+    trees={"d2sd": TREE, "ar": TREE},
+  )
+  record = report.make_record(answer, plan, tokenizer)
+  assert json.loads(json.dumps(record)) == record
+  assert record["prompt_tokens"] == list(PROMPTS[1])
+  assert record["tokens"] == answer.tokens
+  assert record["text"] == tokenizer.decode(answer.tokens[:-1])
+  assert record["cycles"] == len(record["accepted_per_cycle"])
+  assert record["acceptance_length"] == (LIMIT - 1) / record["cycles"]
+  speed = (LIMIT - 1) / record["decode_seconds"]
+  assert record["tokens_per_second"] == pytest.approx(speed)
+  sizes = [record[k] for k in ("block_size", "num_branches", "node_budget")]
+  assert sizes == [5, 2, 5 + 4 + 3]
+  assert set(record["versions"]) == {
+    *("python", "jax", "jaxlib", "flax", "d2sd_jax")
+  }
+
+  single = dataclasses.replace(
+    answer, mode="ar", tokens=[4], origins=[0], accepted_per_cycle=[]
+  )
+  record = report.make_record(single, plan, tokenizer)
+  assert record["acceptance_length"] is None
+  assert (record["cycles"], record["tokens_per_second"]) == (0, 0)
+  assert (record["block_size"], record["node_budget"]) == (1, 1)
+
+
+def test_comparison_lists_differences(capsys):
+  ar = decode_all("ar")
+  other = dataclasses.replace(
+    ar[2], mode="dflash", tokens=[*ar[2].tokens[:9], 60]
+  )
+  answers = {"ar": ar, "dflash": [*ar[:2], other]}
+  plan = Plan(
+    config=DecodeConfig(top_k=3), target=tiny.TARGET, drafters=(), trees={}
+  )
+  report.print_comparison(answers, {("dflash", 2): 4e-4}, plan)
+  out = capsys.readouterr().out
+  assert "yes (3 of 3)" in out
+  assert "no (2 of 3)" in out
+  assert "dflash, prompt 3: token 9 differs" in out
+  assert out.rstrip().endswith("a tie")
+  report.print_comparison(answers, {("dflash", 2): 0.5}, plan)
+  assert "not a tie by scores" in capsys.readouterr().out
+
+
+def test_trace_names_the_passes(capsys):
+  trace = report.Trace(FakeTokenizer(()))
+  trace.step([3], [ANCHOR])
+  trace.step([3, 1, 4], [RE_DRAFT, RE_DRAFT, ANCHOR])
+  first, second = capsys.readouterr().out.splitlines()
+  assert first.split()[:3] == ["prefill", "+1", "target"]
+  assert second.split()[:4] == ["cycle", "1", "+3", "re-draft"]
+  assert 're-draft "é" target' in second
+
+
+@pytest.mark.parametrize(
+  ("size", "padded"), [(1, 64), (64, 64), (65, 128), (129, 256)]
+)
+def test_bucket(size, padded):
+  assert bucket(size) == padded
+
+
+def test_ctrl_c_is_heard_while_the_device_works():
+  release = threading.Event()
+  interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+  threading.Timer(0.1, interrupt).start()
+  start = time.perf_counter()
+  with pytest.raises(KeyboardInterrupt):
+    interruptible(lambda: release.wait(30))
+  release.set()
+  assert time.perf_counter() - start < 10
