@@ -1,5 +1,6 @@
 """What several test modules share."""
 
+import jax
 import pytest
 
 from d2sd_jax.io import fetch
@@ -12,3 +13,13 @@ def smollm2_path():
     return fetch.fetch_default_target()
   except fetch.DownloadError as error:
     pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """Half the time to compile: for many programs that each run briefly."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2sd_jax import cli
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.target import LAYER_TENSORS, target_from_tensors
-from d2sd_jax.training import corpus
+from d2sd_jax.training import corpus, turns
 
 _WORDS = [f" w{i}" for i in range(20)]
 _TEXTS = ["<end>", "<start>", *_WORDS]
@@ -136,12 +137,12 @@ def test_counts_temperatures_and_manifest(written):
 
 
 def test_heldout_is_disjoint_and_no_turn_comes_twice(written):
-  turns = [
-    corpus.words(record["messages"][0]["content"])
+  texts = [
+    turns.words(record["messages"][0]["content"])
     for path in (written.heldout, written.out)
     for record in _read(path)
   ]
-  assert len({tuple(turn) for turn in turns}) == len(turns)
+  assert len({tuple(text) for text in texts}) == len(texts)
 
 
 def test_a_greedy_answer_is_the_targets_own(written, target):
@@ -235,7 +236,7 @@ def test_excluded_turns_are_dropped_and_counted(target, written, tmp_path):
   turn = next(
     text
     for record in _read(written.out)
-    if len(corpus.words(text := record["messages"][0]["content"])) >= 13
+    if len(turns.words(text := record["messages"][0]["content"])) >= 13
   )
   exclude = tmp_path / "exclude.jsonl"
   exclude.write_text(json.dumps({"prompt": f"Say: {turn} w1, w2."}) + "\n")
@@ -265,7 +266,7 @@ _LONG = "one two three four five six seven eight nine ten"
   ],
 )
 def test_turn_filter(text, reason):
-  turn_filter = corpus.TurnFilter([" ".join("zabcdefghijklmn")])
+  turn_filter = turns.TurnFilter([" ".join("zabcdefghijklmn")])
   assert turn_filter.reject(_LONG) == ""
   assert turn_filter.reject("a short text") == ""
   assert turn_filter.reject(text) == reason
@@ -283,27 +284,27 @@ def test_turn_filter(text, reason):
   ],
 )
 def test_read_turn(tmp_path, opening, ids, expected):
-  config = _config(tmp_path)
-  assert corpus.read_turn(FakeTokenizer(), opening, ids, config) == expected
+  longest = _config(tmp_path).max_prompt_tokens
+  assert turns.read_turn(FakeTokenizer(), opening, ids, longest) == expected
 
 
 def test_a_prefix_ends_where_the_turn_goes_on():
-  assert corpus.turn_prefix(FakeTokenizer(), "w1") == [1, 3, 0, 1, 4, 3]
+  assert turns.turn_prefix(FakeTokenizer(), "w1") == [1, 3, 0, 1, 4, 3]
 
 
 def test_openings_are_seeded_and_half_are_free():
-  drawn = corpus.draw_openings(1000, (1, 2, 3))
-  assert drawn == corpus.draw_openings(1000, (1, 2, 3))
-  assert drawn != corpus.draw_openings(1000, (1, 2, 4))
+  drawn = turns.draw_openings(1000, (1, 2, 3))
+  assert drawn == turns.draw_openings(1000, (1, 2, 3))
+  assert drawn != turns.draw_openings(1000, (1, 2, 4))
   assert 430 < drawn.count("") < 570
-  assert {*drawn} == {"", *corpus.OPENINGS}
+  assert {*drawn} == {"", *turns.OPENINGS}
 
 
 def test_real_prefixes_fit_their_bucket(smollm2_path):
   tokenizer = ChatTokenizer.from_gguf(smollm2_path)
-  assert len(corpus.turn_prefix(tokenizer, "")) == 24
-  for opening in corpus.OPENINGS:
-    prefix = corpus.turn_prefix(tokenizer, opening)
+  assert len(turns.turn_prefix(tokenizer, "")) == 24
+  for opening in turns.OPENINGS:
+    prefix = turns.turn_prefix(tokenizer, opening)
     assert 24 < len(prefix) <= 40
     assert tokenizer.decode(prefix).endswith(f"user\n{opening}")
 
@@ -324,7 +325,7 @@ def test_mistakes_are_one_line_and_status_2(
   flags, told, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  assert corpus.main(flags) == 2
+  assert cli.run(corpus.main, flags) == 2
   errors = capsys.readouterr().err
   assert told in errors
   assert errors.count("\n") == 1
@@ -335,4 +336,4 @@ def test_a_malformed_exclusion_is_named_by_its_line(tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text('{"prompt": "a"}\n{"messages": 3}\n')
   with pytest.raises(UsageError, match="line 2"):
-    corpus.read_excluded(str(path))
+    turns.read_excluded(str(path))

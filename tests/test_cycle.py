@@ -29,6 +29,7 @@ from d2sd_jax import (
 from d2sd_jax.decoding.loop import check_mode
 from d2sd_jax.tree import chain_tree
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 _VOCAB = 53
 _MASK = 30
 _BLOCK = 4
@@ -277,6 +278,17 @@ def test_branches_win_where_the_trunk_fails():
     dflash, state, _GREEDY, jnp.int32(1), mode="dflash", config=_TREE
   )
   assert state.accepted[0, 0] == 2
+
+
+def test_no_branches_is_the_first_draft_alone():
+  config = dataclasses.replace(_TREE, num_branches=0)
+  models = _planted(_PROMPTS, wrong=[5])
+  state = tiny.start(models, _PROMPTS, max_new=[14, 14, 0])
+  state = generate(
+    models, state, _GREEDY, jnp.int32(2), mode="d2sd", config=config
+  )
+  assert state.accepted[:, :2].tolist() == [[2, 4], [4, 4], [0, 0]]
+  assert not (state.origins == 2).any()
 
 
 def _runs():

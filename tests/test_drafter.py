@@ -28,6 +28,7 @@ from d2sd_jax.decoding.policies import denoise
 from d2sd_jax.models.cache import KVCache, append
 from d2sd_jax.models.drafter import fill_masked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 _BLOCK = 5
 _LENGTH = 12
 # Anchors of three blocks, in two rows; the last sees an empty context.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from d2sd_jax import cli
 from d2sd_jax.errors import UsageError
 from d2sd_jax.eval import prompts
 from d2sd_jax.io import fetch
@@ -44,7 +45,7 @@ def test_written_lines(tmp_path, monkeypatch):
   source.write_text("".join(json.dumps(x) + "\n" for x in lines))
   monkeypatch.setattr(prompts, "fetch", lambda pinned: source)
   out = tmp_path / "out.jsonl"
-  assert prompts.main(["mbpp", "--num=2", f"--out={out}"]) == 0
+  assert cli.run(prompts.main, ["mbpp", "--num=2", f"--out={out}"]) == 0
   written = [json.loads(x) for x in out.read_text("utf-8").split("\n")[:-1]]
   assert written == [
     {"prompt": "é\u20280", "id": "mbpp/MBPP/0"},
@@ -66,7 +67,7 @@ def test_mistakes_are_one_line_and_status_2(
   arguments, told, tmp_path, monkeypatch, capsys
 ):
   monkeypatch.chdir(tmp_path)
-  assert prompts.main(arguments) == 2
+  assert cli.run(prompts.main, arguments) == 2
   errors = capsys.readouterr().err
   assert told in errors
   assert errors.count("\n") == 1

@@ -108,7 +108,8 @@ def prefill(
       prompt plus its new tokens plus the longest path of a tree.
 
   Returns:
-    The state before the first cycle; its first new token is the anchor.
+    The state before the first cycle; its first new token is the anchor. It may
+    share `sequence_ids` and `stop_ids`, which then go when it is donated.
   """
   batch, size = tokens.shape
   output = models.target.prefill(tokens, prompt_lengths, models.taps)

@@ -5,14 +5,13 @@ JSON lines for `decode.py --prompts_file`: the first prompts in file order.
 None of them may be trained on.
 """
 
-import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from d2sd_jax.errors import UsageError, require
+from d2sd_jax import cli
+from d2sd_jax.errors import require
 from d2sd_jax.io.fetch import PinnedFile, fetch
 from d2sd_jax.io.paths import atomic_write
 
@@ -186,34 +185,29 @@ def load_prompts(name: str, num: int | None = None) -> list[dict[str, str]]:
   ]
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UsageError(message)
+EXAMPLES = """\
+  python -m d2sd_jax.eval.prompts mt_bench --num=40 --out=prompts.jsonl
+"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs from the command line; returns the exit status."""
-  parser = _Parser(
-    prog="python -m d2sd_jax.eval.prompts",
-    description="Writes evaluation prompts as JSON lines.",
-    allow_abbrev=False,
+def main(arguments: Sequence[str]) -> None:
+  """Writes the prompts of the sets that were asked for."""
+  parser = cli.FlagParser(
+    "-m d2sd_jax.eval.prompts",
+    "Writes evaluation prompts as JSON lines.",
+    EXAMPLES,
   )
   parser.add_argument("sets", nargs="+", help=", ".join(PROMPT_SETS))
-  parser.add_argument("--num", type=int, help="prompts of each; default all")
+  parser.add_argument(
+    "--num", type=cli.whole_number, help="prompts of each; default all"
+  )
   parser.add_argument("--out", required=True, help="the file to write")
-  try:
-    flags = parser.parse_args(arguments)
-    prompts = [p for name in flags.sets for p in load_prompts(name, flags.num)]
-    with atomic_write(flags.out) as path:
-      lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
-      path.write_text("".join(lines), encoding="utf-8")
-  except (UsageError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  flags, _ = parser.parse(arguments)
+  prompts = [p for name in flags.sets for p in load_prompts(name, flags.num)]
+  with atomic_write(flags.out) as path:
+    lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.exit_with(cli.run(main))

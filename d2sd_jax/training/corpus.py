@@ -10,7 +10,6 @@ Every batch is a function of the seed and its number, so a run that was stopped
 goes on, with the same command, to the very same file.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -18,51 +17,44 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2sd_jax import cli
 from d2sd_jax.config import DTYPES, TreeConfig
 from d2sd_jax.decoding.loop import generate
 from d2sd_jax.decoding.state import Models, prefill
-from d2sd_jax.errors import UsageError, require
+from d2sd_jax.errors import require
 from d2sd_jax.evaluation import cut_periodic_tail
 from d2sd_jax.io.models import load_target, target_path
-from d2sd_jax.io.paths import atomic_write
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.training.ledger import Ledger
+from d2sd_jax.training.turns import (
+  OPENINGS,
+  TurnFilter,
+  draw_openings,
+  read_excluded,
+  read_turn,
+  turn_prefix,
+)
 
+EXAMPLES = """\
+  python -m d2sd_jax.training.corpus --out=runs/corpus.jsonl \\
+      --heldout=runs/heldout.jsonl --num_conversations=40960
+"""
 TEMPERATURE = 0.8
 TURN_TOP_P = 0.95
-DUPLICATE_NGRAM = 8
-EXCLUDED_NGRAM = 13
 # Each part and step numbers its sequences from its own multiple of this.
 _ID_RANGE = 2**29
-
-OPENINGS = (
-  *("Write a Python function", "Write a program that", "Fix this code:"),
-  *("def", "How do I use", "What does this code do?", "Write a SQL query"),
-  *("A store sells", "A train", "How many", "Calculate", "There are"),
-  *("Sarah has", "A farmer", "Solve the equation"),
-  *("Explain", "Explain how", "Why do", "What is the difference between"),
-  *("Summarize the following text:", "Summarize this article:"),
-  *("List", "Give me a list of", "What are the main", "Name five"),
-  *("Rewrite the following", "Correct the grammar:", "Translate"),
-  *("Can you give me advice on", "How can I", "I'm planning"),
-  *("Write a short story about", "Write an email", "Write a poem about"),
-  *("Imagine you are", "Pretend to be", "Describe"),
-  *("Compare", "What are the pros and cons of"),
-  *("Who was", "When did", "Where is", "What is the"),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,206 +97,6 @@ class CorpusConfig:
     stem = lambda path: Path(path).resolve().with_suffix("")
     same = stem(self.out) == stem(self.heldout)
     require(not same, "heldout", self.heldout, "another name than out's")
-
-
-def words(text: str) -> list[str]:
-  """Lower-case words of a text, punctuation left out."""
-  return re.findall(r"\w+", text.lower())
-
-
-def ngrams(tokens: Sequence[str], size: int) -> list[tuple[str, ...]]:
-  """All n-grams in order; a shorter text is a single one."""
-  starts = range(max(len(tokens) - size, 0) + 1)
-  return [tuple(tokens[i : i + size]) for i in starts]
-
-
-class TurnFilter:
-  """Decides which turns are kept; remembers those that were.
-
-  A turn is a near-duplicate if more than half of its word 8-grams were seen,
-  and excluded if it shares a word 13-gram with an excluded prompt. Of a
-  shorter text all words count as one n-gram.
-  """
-
-  def __init__(self, excluded: Iterable[str] = ()):
-    self._seen: set[tuple[str, ...]] = set()
-    self._excluded = {
-      gram for text in excluded for gram in ngrams(words(text), EXCLUDED_NGRAM)
-    }
-
-  def reject(self, text: str) -> str:
-    """Why a turn is dropped; empty if it is kept, and then remembered."""
-    tokens = words(text)
-    if not tokens:
-      return "empty"
-    if not self._excluded.isdisjoint(ngrams(tokens, EXCLUDED_NGRAM)):
-      return "excluded"
-    grams = ngrams(tokens, DUPLICATE_NGRAM)
-    if 2 * sum(gram in self._seen for gram in grams) > len(grams):
-      return "duplicate"
-    self._seen.update(grams)
-    return ""
-
-
-def read_excluded(path: str | None) -> list[str]:
-  """User texts of a prompts file (`prompt` or `messages` on every line).
-
-  Raises:
-    UsageError: the file is missing, or a line of it is malformed.
-  """
-  if path is None:
-    return []
-  require(Path(path).is_file(), "exclude", path, "a file of JSON lines")
-  texts: list[str] = []
-  with open(path, encoding="utf-8") as file:
-    for number, line in enumerate(file, 1):
-      try:
-        record = json.loads(line)
-        texts += (
-          [record["prompt"] + ""]
-          if "prompt" in record
-          else [
-            m["content"] + "" for m in record["messages"] if m["role"] == "user"
-          ]
-        )
-      except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-          f"{path}, line {number}: expected a JSON object with prompt or"
-          " messages"
-        ) from error
-  return texts
-
-
-class Ledger:
-  """One corpus file, its turns beside it, and a manifest of what is done.
-
-  Both files only grow, by whole batches; the manifest, replaced atomically
-  after each batch, says up to which byte they count. What lies behind, a run
-  that was stopped left, and it is cut off.
-  """
-
-  def __init__(self, path: str, identity: dict[str, Any]):
-    """Opens the files of an earlier run, or starts new ones.
-
-    Raises:
-      UsageError: the files are no part of this corpus, or were cut off.
-    """
-    self.path = Path(path)
-    self.turns_path = self.path.with_suffix(".turns.jsonl")
-    self.manifest_path = self.path.with_suffix(".manifest.json")
-    self.manifest: dict[str, Any] = {
-      "identity": identity,
-      "turns": {"batches": 0, "bytes": 0, "kept": 0, "dropped": {}},
-      "answers": {
-        **{"batches": 0, "bytes": 0, "records": 0, "tokens": 0},
-        **{"sampled_tokens": 0, "prompt_tokens": 0, "dropped": {}},
-      },
-      "timed_tokens": 0,
-      "timed_seconds": 0.0,
-      "tokens_per_second": None,
-      "sha256": None,
-    }
-    if self.manifest_path.exists():
-      self._resume(identity)
-    else:
-      for file in (self.path, self.turns_path):
-        fresh = not file.exists()
-        expected = f"a new file (it has no {self.manifest_path.name})"
-        require(fresh, "out", str(file), expected)
-
-  @property
-  def turns(self) -> dict[str, Any]:
-    """Progress of the turns."""
-    return self.manifest["turns"]
-
-  @property
-  def answers(self) -> dict[str, Any]:
-    """Progress of the answers."""
-    return self.manifest["answers"]
-
-  def read_turns(self) -> list[str]:
-    """Texts of all turns so far."""
-    if not self.turns_path.exists():
-      return []
-    lines = self.turns_path.read_bytes()[: self.turns["bytes"]].splitlines()
-    return [json.loads(line)["text"] for line in lines]
-
-  def append(
-    self, step: str, lines: Iterable[Any], dropped: Counter[str], **counts: int
-  ) -> None:
-    """Adds a batch's lines to the file of a step, then to the manifest."""
-    progress = self.manifest[step]
-    data = "".join(
-      json.dumps(line, ensure_ascii=False) + "\n" for line in lines
-    ).encode()
-    path = self.path if step == "answers" else self.turns_path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "r+b" if path.exists() else "wb") as file:
-      file.truncate(progress["bytes"])
-      file.seek(progress["bytes"])
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    progress["bytes"] += len(data)
-    progress["batches"] += 1
-    progress["dropped"] = dict(
-      sorted((Counter(progress["dropped"]) + dropped).items())
-    )
-    for name, count in counts.items():
-      progress[name] += count
-    self.save()
-
-  def time(self, tokens: int, seconds: float) -> None:
-    """Notes how long some answer tokens took."""
-    manifest = self.manifest
-    manifest["timed_tokens"] += tokens
-    manifest["timed_seconds"] = round(manifest["timed_seconds"] + seconds, 3)
-    rate = manifest["timed_tokens"] / max(manifest["timed_seconds"], 1e-3)
-    manifest["tokens_per_second"] = round(rate, 1)
-
-  def finish(self) -> None:
-    """Notes the finished file's checksum."""
-    self.manifest["sha256"] = _sha256(self.path)
-    self.save()
-
-  def save(self) -> None:
-    """Writes the manifest."""
-    with atomic_write(self.manifest_path) as path:
-      path.write_text(json.dumps(self.manifest, indent=2) + "\n")
-
-  def _resume(self, identity: dict[str, Any]) -> None:
-    try:
-      manifest = json.loads(self.manifest_path.read_text())
-      found = manifest["identity"]
-      sizes = {
-        self.path: manifest["answers"]["bytes"],
-        self.turns_path: manifest["turns"]["bytes"],
-      }
-    except (ValueError, KeyError, TypeError) as error:
-      raise UsageError(
-        f"{self.manifest_path}: expected the manifest of a corpus"
-      ) from error
-    for key in identity:
-      if found.get(key) != identity[key]:
-        raise UsageError(
-          f"{self.manifest_path} is of another corpus: {key}="
-          f"{found.get(key)!r}, expected {identity[key]!r}"
-        )
-    for path, size in sizes.items():
-      if size > (path.stat().st_size if path.exists() else 0):
-        raise UsageError(f"{path} was cut off: expected at least {size} bytes")
-    if manifest["sha256"] not in (None, _sha256(self.path)):
-      raise UsageError(
-        f"{self.path}: expected sha256 {manifest['sha256']}, as in its manifest"
-      )
-    self.manifest = manifest
-
-
-def _sha256(path: Path) -> str:
-  if not path.exists():
-    return ""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -450,7 +242,9 @@ def write_turns(
   for openings, finish in _one_ahead(start, first, another):
     records, dropped = [], Counter[str]()
     for opening, ids in zip(openings, finish(), strict=True):
-      text, reason = read_turn(tokenizer, opening, ids, config)
+      text, reason = read_turn(
+        tokenizer, opening, ids, config.max_prompt_tokens
+      )
       reason = reason or turn_filter.reject(text)
       if reason:
         dropped[reason] += 1
@@ -520,46 +314,6 @@ def write_answers(
       sampled_tokens=num_sampled,
     )
     show("answers", answers["records"], part.num_records)
-
-
-def turn_prefix(tokenizer: Any, opening: str) -> list[int]:
-  """Ids of the chat format up to a user's turn that begins with `opening`."""
-  ids = tokenizer.encode_chat([{"role": "user", "content": opening}])
-  turn_end = tokenizer.stop_ids[0]
-  return ids[: len(ids) - 1 - ids[::-1].index(turn_end)]
-
-
-def draw_openings(count: int, seed: Sequence[int]) -> list[str]:
-  """How each turn of a batch begins; about half begin freely ("")."""
-  rng = np.random.default_rng(list(seed))
-  chosen = rng.integers(len(OPENINGS), size=count)
-  free = rng.random(count) < 0.5
-  pairs = zip(chosen, free, strict=True)
-  return ["" if is_free else OPENINGS[i] for i, is_free in pairs]
-
-
-def read_turn(
-  tokenizer: Any, opening: str, ids: Sequence[int], config: CorpusConfig
-) -> tuple[str, str]:
-  """A turn's text, and why it cannot be used ("" if it can).
-
-  Args:
-    tokenizer: the target's.
-    opening: what the text begins with.
-    ids: what the target wrote behind it.
-    config: the longest prompt.
-  """
-  *body, last = ids
-  if last != tokenizer.stop_ids[0]:
-    return "", "unfinished"
-  text = (opening + tokenizer.decode(body)).strip()
-  if not text or text == opening:
-    return text, "empty"
-  if "\ufffd" in text or set(body) & set(tokenizer.special_ids):
-    return text, "garbled"
-  if len(tokenizer.encode_prompt(text)) > config.max_prompt_tokens:
-    return text, "long"
-  return text, ""
 
 
 def make_record(
@@ -691,32 +445,28 @@ def progress_bars() -> Iterator[Show]:
     yield show
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise UsageError(message)
-
-
-def parse_flags(arguments: Sequence[str] | None) -> CorpusConfig:
+def parse_flags(arguments: Sequence[str]) -> CorpusConfig:
   """One flag per field of `CorpusConfig`.
 
   Raises:
     UsageError: a flag is unknown, missing or of another type.
   """
-  parser = _Parser(
-    prog="python -m d2sd_jax.training.corpus",
-    description="The target writes conversations to train drafters on.",
-    allow_abbrev=False,
+  parser = cli.FlagParser(
+    "-m d2sd_jax.training.corpus",
+    "The target writes conversations to train drafters on.",
+    EXAMPLES,
   )
   for field in dataclasses.fields(CorpusConfig):
     required = field.default is dataclasses.MISSING
     parser.add_argument(
       f"--{field.name}",
-      type=int if field.type is int else str,
+      type=cli.whole_number if field.type is int else str,
       required=required,
       default=None if required else field.default,
       help="required" if required else f"default {field.default}",
     )
-  return CorpusConfig(**vars(parser.parse_args(arguments)))
+  flags, _ = parser.parse(arguments)
+  return CorpusConfig(**vars(flags))
 
 
 def run(config: CorpusConfig) -> None:
@@ -734,18 +484,11 @@ def run(config: CorpusConfig) -> None:
     print(json.dumps({"file": name, **manifest}))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs from the command line; returns the exit status."""
-  try:
-    run(parse_flags(arguments))
-  except (UsageError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    return 130
-  return 0
+def main(arguments: Sequence[str]) -> None:
+  """Reads the flags, then writes the corpus."""
+  cli.setup_jax_cache()
+  run(parse_flags(arguments))
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  cli.exit_with(cli.run(main))

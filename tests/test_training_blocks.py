@@ -1,0 +1,250 @@
+"""Blocks, weights and losses of training, and that they leak nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from d2sd_jax.decoding.policies import denoise
+from d2sd_jax.decoding.state import Models
+from d2sd_jax.errors import UsageError
+from d2sd_jax.training.blocks import (
+  Conversations,
+  is_anchor,
+  make_blocks,
+  sample_anchors,
+  sample_prefix_lengths,
+  slot_weights,
+)
+from d2sd_jax.training.losses import (
+  accepted_lengths,
+  block_loss,
+  default_loss_decay,
+)
+from d2sd_jax.training.step import block_logits
+
+_MASK = 99
+
+
+def _conversations(tokens, prompt_lengths, lengths):
+  ints = lambda x: jnp.asarray(x, jnp.int32)
+  return Conversations(
+    tokens=ints(tokens),
+    prompt_lengths=ints(prompt_lengths),
+    lengths=ints(lengths),
+  )
+
+
+def _two_rows():
+  """Prompts of 2 and 3, answers up to 8 and 6; token = position + 10 row."""
+  tokens = np.arange(9) + np.array([[10], [20]])
+  return _conversations(tokens, [2, 3], [8, 6])
+
+
+def _cut(anchors, prefix_lengths, valid=True, block_size=4):
+  anchors = jnp.asarray(anchors, jnp.int32)
+  return make_blocks(
+    _two_rows(),
+    anchors,
+    jnp.broadcast_to(jnp.asarray(valid), anchors.shape),
+    jnp.asarray(prefix_lengths, jnp.int32),
+    block_size,
+    _MASK,
+  )
+
+
+def test_blocks_by_hand():
+  blocks = _cut([[2, 4, 6], [4, 3, 3]], [[0, 2, 1], [0, 1, 2]])
+  assert blocks.inputs.tolist() == [
+    [[12, _MASK, _MASK, _MASK], [14, 15, 16, _MASK], [16, 17, _MASK, _MASK]],
+    [[24, _MASK, _MASK, _MASK], [23, 24, _MASK, _MASK], [23, 24, 25, _MASK]],
+  ]
+  # The label of a slot is the token at its own position, not the next one;
+  # past the last position it is that of the last, which never counts.
+  assert blocks.labels.tolist() == [
+    [[12, 13, 14, 15], [14, 15, 16, 17], [16, 17, 18, 18]],
+    [[24, 25, 26, 27], [23, 24, 25, 26], [23, 24, 25, 26]],
+  ]
+  assert blocks.positions[0].tolist() == [
+    [2, 3, 4, 5],
+    [4, 5, 6, 7],
+    [6, 7, 8, 9],
+  ]
+  # Slot 0 and visible slots never count, nor what lies past 8 or 6 tokens.
+  assert blocks.supervised.astype(int).tolist() == [
+    [[0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]],
+    [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]],
+  ]
+
+
+def test_an_invalid_anchor_counts_nothing():
+  blocks = _cut([[2, 3], [3, 4]], 2 * [[0, 0]], [[True, False], [False, True]])
+  assert blocks.supervised.any(-1).tolist() == [[True, False], [False, True]]
+  weights = slot_weights(blocks, 3.0)
+  assert weights[0, 1].tolist() == weights[1, 0].tolist() == [0] * 4
+
+
+def test_anchors_stand_in_the_answer_and_have_a_successor():
+  assert [np.flatnonzero(r).tolist() for r in is_anchor(_two_rows())] == [
+    [2, 3, 4, 5, 6],
+    [3, 4],
+  ]
+
+
+def test_sample_anchors_draws_distinct_ones_uniformly():
+  draw = jax.vmap(lambda key: sample_anchors(key, _two_rows(), 4))
+  anchors, valid = map(
+    np.asarray, draw(jax.random.split(jax.random.key(3), 500))
+  )
+  assert valid[:, 0].all()
+  assert valid[:, 1].sum(-1).tolist() == [2] * 500
+  assert all(len(set(row)) == 4 for row in anchors.reshape(-1, 4))
+  counts = np.bincount(anchors[:, 0].ravel(), minlength=9)
+  assert counts[[0, 1, 7, 8]].tolist() == [0] * 4
+  # 400 each; the standard deviation is 9.
+  np.testing.assert_allclose(counts[2:7], 400, atol=45)
+  assert set(anchors[:, 1][valid[:, 1]]) == {3, 4}
+
+
+@pytest.mark.parametrize("min_length", [0, 1])
+def test_prefix_lengths_decay_by_beta(min_length):
+  draws = sample_prefix_lengths(
+    jax.random.key(5), (40, 500), 6, 0.6, min_length=min_length
+  )
+  assert draws.dtype == jnp.int32
+  expected = 0.6 ** np.arange(5) * (np.arange(5) >= min_length)
+  got = np.bincount(np.ravel(draws), minlength=5) / draws.size
+  assert np.flatnonzero(got).tolist() == list(range(min_length, 5))
+  np.testing.assert_allclose(got, expected / expected.sum(), atol=0.015)
+
+
+def test_slot_weights_by_hand():
+  blocks = _cut([[2, 2], [3, 3]], [[0, 2], [0, 2]], block_size=5)
+  e = np.exp(-1 / 3)
+  expected = [
+    [[0, 1, e, e**2, e**3], [0, 0, 0, 1, e]],
+    [[0, 1, e, 0, 0], [0, 0, 0, 0, 0]],
+  ]
+  np.testing.assert_allclose(slot_weights(blocks, 3.0), expected, rtol=1e-6)
+
+
+def test_default_loss_decay():
+  assert [default_loss_decay(n) for n in (8, 10, 16)] == [4, 5, 7]
+  assert default_loss_decay(13) == 6
+
+
+@pytest.mark.parametrize("normalizer", ["batch", "example"])
+def test_block_loss_is_the_weighted_mean(normalizer):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 2, 4, 7)).astype(np.float32)
+  labels = rng.integers(0, 7, (3, 2, 4))
+  weights = rng.uniform(0.1, 1, (3, 2, 4)).astype(np.float32)
+  weights[0] = 0  # A sequence without a block is no example.
+  weights[1, 0] = 0
+  total = np.exp(logits).sum(-1)
+  chosen = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+  loss = np.log(total) - chosen
+  ratio = lambda i: (loss[i] * weights[i]).sum() / weights[i].sum()
+  expected = {
+    "batch": (loss * weights).sum() / weights.sum(),
+    "example": (ratio(1) + ratio(2)) / 2,
+  }
+  assert abs(expected["batch"] - expected["example"]) > 0.01
+  got = block_loss(logits, labels, weights, normalizer)
+  np.testing.assert_allclose(got, expected[normalizer], rtol=1e-5)
+  assert block_loss(logits, labels, 0 * weights, normalizer) == 0
+
+
+def test_an_unknown_normalizer_is_refused():
+  zeros = jnp.zeros((1, 1, 2))
+  with pytest.raises(UsageError, match="loss_normalizer='row'"):
+    block_loss(zeros[..., None], zeros.astype(int), zeros, "row")
+
+
+def test_accepted_lengths_by_hand():
+  cases = [
+    # correct, supervised, accepted
+    ([1, 1, 0, 1], [1, 1, 1, 1], 2),
+    ([1, 1, 1, 1], [1, 1, 1, 1], 4),
+    ([0, 1, 1, 1], [1, 1, 1, 1], 0),
+    ([0, 0, 1, 1], [0, 0, 1, 1], 2),  # visible slots are stepped over
+    ([1, 1, 0, 1], [0, 0, 1, 1], 0),  # and are not counted
+    ([1, 1, 1, 1], [0, 1, 1, 0], 2),  # the answer ends
+    ([1, 1, 1, 1], [0, 0, 0, 0], 0),
+  ]
+  correct, supervised, accepted = zip(*cases, strict=True)
+  got = accepted_lengths(jnp.array(correct, bool), jnp.array(supervised, bool))
+  assert got.tolist() == list(accepted)
+
+
+_TOKENS = np.random.default_rng(7).integers(0, 61, (2, 15))
+_PROMPTS, _LENGTHS = [4, 3], [15, 13]
+_ANCHORS = np.array([[5, 7, 10], [3, 6, 8]])
+_ROLES = {
+  "drafter 1": (tiny.DFLASH, np.zeros((2, 3), int)),
+  "vp drafter": (tiny.VP, np.array([[2, 0, 3], [1, 3, 2]])),
+}
+
+
+@jax.jit
+def _run(drafter, target, tokens, prefix_lengths):
+  config = drafter.config
+  batch = _conversations(tokens, _PROMPTS, _LENGTHS)
+  blocks = make_blocks(
+    batch,
+    jnp.asarray(_ANCHORS),
+    jnp.ones((2, 3), bool),
+    prefix_lengths,
+    config.block_size,
+    config.mask_token_id,
+  )
+  return block_logits(drafter, target, batch, blocks)
+
+
+def _logits(tokens, prefixes, config):
+  drafter, target = tiny.drafter(config), tiny.target()
+  return np.asarray(_run(drafter, target, tokens, prefixes))
+
+
+@pytest.mark.parametrize("role", _ROLES)
+def test_a_block_sees_its_visible_prefix_and_no_more(role):
+  config, prefixes = _ROLES[role]
+  before = _logits(_TOKENS, prefixes, config)
+  assert before.shape == (2, 3, 4, 61)
+  last_seen = _ANCHORS + prefixes
+  for position in range(_TOKENS.shape[1]):
+    tokens = _TOKENS.copy()
+    tokens[:, position] = (tokens[:, position] + 5) % 61
+    after = _logits(tokens, prefixes, config)
+    changed = np.abs(after - before).max((2, 3))
+    np.testing.assert_array_equal(changed > 1e-4, last_seen >= position)
+    np.testing.assert_array_equal(changed == 0, last_seen < position)
+
+
+@pytest.mark.parametrize("role", _ROLES)
+def test_training_and_decoding_agree(role):
+  config, prefixes = _ROLES[role]
+  trained = _logits(_TOKENS, prefixes, config)
+  # The other drafter is there too, so that taps must be told apart.
+  models = Models(
+    target=tiny.target(),
+    drafters=(tiny.drafter(tiny.DFLASH), tiny.drafter(tiny.VP)),
+  )
+  index = 0 if config is tiny.DFLASH else 1
+  rows, columns = np.indices(_ANCHORS.shape).reshape(2, -1)
+  anchors, shown = _ANCHORS[rows, columns], prefixes[rows, columns]
+  prompts = [
+    _TOKENS[r, :a].tolist() for r, a in zip(rows, anchors, strict=True)
+  ]
+  state = tiny.start(models, prompts, pad_to=11)
+  state = dataclasses.replace(state, lengths=jnp.asarray(anchors, jnp.int32))
+  block = np.full((6, 1, config.block_size), config.mask_token_id)
+  for i, (row, anchor, n) in enumerate(zip(rows, anchors, shown, strict=True)):
+    block[i, 0, : n + 1] = _TOKENS[row, anchor : anchor + n + 1]
+  decoded = denoise(models, state, index, jnp.asarray(block))[:, 0]
+  np.testing.assert_allclose(
+    trained[rows, columns], decoded, rtol=2e-4, atol=2e-4
+  )
