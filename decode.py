@@ -119,6 +119,8 @@ def main(arguments: Sequence[str]) -> None:
   cli.setup_jax_cache()
   drafters = plan.load_drafters()
   tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  for drafter in drafters:
+    tokenizer.check_mask_token(drafter.config.mask_token_id)
   requests = [
     Request(sequence_id=i, tokens=tuple(tokenizer.encode_chat(messages)))
     for i, messages in enumerate(conversations)
@@ -153,6 +155,8 @@ def main(arguments: Sequence[str]) -> None:
     report.print_comparison(answers, margins, plan)
   else:
     (session,) = sessions.values()
+    if not stream:
+      session.warm_up()
     answers[config.mode] = printer.decode_aloud(session)
     report.print_closing_line(answers[config.mode], plan)
   in_order = [

@@ -10,6 +10,8 @@ at the end the drafter under `export/`. Started again with the same flags, a
 run that was stopped goes on exactly where its last checkpoint stood.
 """
 
+import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -36,17 +38,17 @@ from d2sd_jax.config import (
   default_target_layer_ids,
 )
 from d2sd_jax.errors import require
-from d2sd_jax.io.drafter_format import save_drafter
+from d2sd_jax.io.drafter_format import read_drafter_config, save_drafter
 from d2sd_jax.io.models import (
   load_drafter,
   load_target,
   read_target_config,
   target_path,
 )
-from d2sd_jax.io.paths import atomic_write, find_checkpoint
+from d2sd_jax.io.paths import atomic_write, find_checkpoint, user_path
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.drafter import Drafter
-from d2sd_jax.training.checkpoint import Checkpointer
+from d2sd_jax.training.checkpoint import Checkpointer, check_workdir
 from d2sd_jax.training.data import (
   eval_batches,
   make_dataset,
@@ -94,9 +96,6 @@ def init_drafter(config: TrainConfig, target: TargetConfig) -> Drafter:
   if config.init_from is None:
     return Drafter(wanted, rngs=nnx.Rngs(config.seed))
   drafter = load_drafter(config.init_from, target)
-  for field in ("num_layers", "target_layer_ids", "mask_token_id"):
-    theirs, mine = getattr(drafter.config, field), getattr(wanted, field)
-    require(theirs == mine, f"init_from {field}", theirs, f"{mine}")
   drafter.config = wanted
   return drafter
 
@@ -115,27 +114,43 @@ def evaluate(graphdef, params, target, records, config: TrainConfig) -> dict:
   }
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, workdir: Path) -> None:
   """What can be known to be wrong before anything is fetched or loaded."""
   target = read_target_config(config.target)
   drafter_config(config, target)
+  check_workdir(workdir, config)
+  fits = config.max_length <= target.max_length
+  expected = f"at most the target's {target.max_length}"
+  require(fits, "max_length", config.max_length, expected)
   for field in ("corpus", "heldout"):
     path = getattr(config, field)
-    is_file = Path(path).expanduser().is_file()
+    is_file = user_path(path).is_file()
     require(is_file, field, path, "a file of JSON lines")
   if config.init_from is not None:
-    find_checkpoint(config.init_from, "init_from")
-  shortest = config.num_anchors <= config.max_length
-  require(shortest, "num_anchors", config.num_anchors, "at most max_length")
+    folder = find_checkpoint(config.init_from, "init_from")
+    check_same_shape(read_drafter_config(folder, target), config, target)
+  fits = config.num_anchors <= config.max_length
+  require(fits, "num_anchors", config.num_anchors, "at most max_length")
+
+
+def check_same_shape(
+  theirs: DrafterConfig, config: TrainConfig, target: TargetConfig
+) -> None:
+  """A drafter to start from may differ in role, block and prior only."""
+  mine = drafter_config(config, target)
+  for field in dataclasses.fields(DrafterConfig):
+    if field.name not in ("block_size", "training_mode", "prefix_weight_base"):
+      found, wanted = getattr(theirs, field.name), getattr(mine, field.name)
+      require(found == wanted, f"init_from {field.name}", found, f"{wanted}")
 
 
 def train(config: TrainConfig, workdir: Path) -> None:
   """The run, from data to export."""
   console = Console(stderr=True)
-  check(config)
-  checkpointer = Checkpointer(workdir, config)
+  check(config, workdir)
 
   tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  tokenizer.check_mask_token(config.mask_token_id)
   read = lambda path: read_conversations(
     path, config.max_length, tokenizer, tokenizer.vocab_size
   )
@@ -147,6 +162,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   drafter = init_drafter(config, target.config)
   shape = drafter.config
   graphdef, state = init_train_state(drafter, config)
+  checkpointer = Checkpointer(workdir, config)
   state = checkpointer.restore(state)
   first = int(state.step)
   schedule = learning_rate_schedule(config)
@@ -167,7 +183,9 @@ def train(config: TrainConfig, workdir: Path) -> None:
     disable=not console.is_terminal,
   )
   task = progress.add_task("training", total=config.num_steps, completed=first)
-  with progress, open_metrics(workdir / "metrics.jsonl", first) as log:
+  log_file = open_metrics(workdir / "metrics.jsonl", first)
+  # Leaving early, after Ctrl-C say, waits for a checkpoint being written.
+  with contextlib.closing(checkpointer), progress, log_file as log:
     clock, since = time.perf_counter(), first
     for step in range(first + 1, config.num_steps + 1):
       state, metrics = update(state, target, dataset[step - 1])
@@ -185,12 +203,11 @@ def train(config: TrainConfig, workdir: Path) -> None:
         clock, since = time.perf_counter(), step
         alpha = line["heldout_alpha"]
         console.print(f"step {step}: held-out α {alpha:.3f}")
-      if step % config.checkpoint_every == 0 or last:
-        checkpointer.save(state)
       if line:
         log.write(json.dumps({"step": step} | line) + "\n")
         log.flush()
-  checkpointer.close()
+      if step % config.checkpoint_every == 0 or last:
+        checkpointer.save(state)
 
   trained = nnx.merge(graphdef, state.params)
   trained.config = shape
@@ -213,7 +230,12 @@ def open_metrics(path: Path, step: int) -> TextIO:
   lines = (
     path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
   )
-  kept = [line for line in lines if json.loads(line)["step"] <= step]
+  # A run that was killed may have left half a line.
+  kept = [
+    line
+    for line in lines
+    if line.endswith("}") and json.loads(line)["step"] <= step
+  ]
   with atomic_write(path) as temporary:
     temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
   return path.open("a", encoding="utf-8")
@@ -237,7 +259,7 @@ def main(arguments: Sequence[str]) -> None:
   flags, overrides = parser.parse(arguments)
   config = cli.load_config(TrainConfig, flags.config, overrides)
   cli.setup_jax_cache()
-  train(config, Path(flags.workdir).expanduser())
+  train(config, user_path(flags.workdir))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def load_config(
     exec(compile(path.read_bytes(), path, "exec"), module)
     if not callable(module.get("get_config")):
       raise UsageError(f"config={name!r}: no get_config in {path}; {expected}")
-    values = dict(module["get_config"]().to_dict())
+    values = dict(module["get_config"]())
   except UsageError:
     raise
   except (Exception, SystemExit) as error:
@@ -174,13 +174,13 @@ def run(
   try:
     main(sys.argv[1:] if arguments is None else arguments)
     sys.stdout.flush()
-  except UsageError as error:
+  except BrokenPipeError:
+    return BROKEN_PIPE
+  except (UsageError, OSError) as error:
     print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     return USAGE
   except KeyboardInterrupt:
     return INTERRUPTED
-  except BrokenPipeError:
-    return BROKEN_PIPE
   except SystemExit as stop:  # --help and --version
     return stop.code if isinstance(stop.code, int) else OK
   return OK
@@ -199,7 +199,8 @@ def exit_with(status: int) -> NoReturn:
 
 def one_line(error: BaseException) -> str:
   """An error's message on a single line, never empty."""
-  return " ".join(str(error).split()) or type(error).__name__
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 500 else f"{text[:497]}..."
 
 
 def _split_overrides(

@@ -64,6 +64,20 @@ class DrafterConfig:
   prefix_weight_base: float = 0.9
 
   def __post_init__(self):
+    for field in (
+      *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
+      *("num_heads", "num_kv_heads", "head_dim", "max_length"),
+    ):
+      require(
+        getattr(self, field) >= 1, field, getattr(self, field), "1 or more"
+      )
+    shared = self.num_heads % self.num_kv_heads == 0
+    expected = f"a divisor of num_heads = {self.num_heads}"
+    require(shared, "num_kv_heads", self.num_kv_heads, expected)
+    require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number")
+    for field in ("rope_theta", "rms_norm_eps"):
+      value = getattr(self, field)
+      require(0 < value < float("inf"), field, value, "above 0, and finite")
     require(self.block_size >= 2, "block_size", self.block_size, "at least 2")
     require(
       self.training_mode in ROLES,
@@ -213,7 +227,7 @@ class DecodeConfig:
         "at least 2",
       ),
       ("num_branches", self.num_branches >= 0, "0 or more"),
-      ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+      ("temperature", 0 <= self.temperature <= 1e30, "0 or more, to 1e30"),
       ("top_k", self.top_k >= 0, "0 (off) or more"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
       ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -298,7 +312,7 @@ class TrainConfig:
         self.max_length > self.block_size,
         f"more than block_size = {self.block_size}",
       ),
-      ("learning_rate", self.learning_rate > 0, "above 0"),
+      ("learning_rate", 0 < self.learning_rate <= 1e3, "above 0, at most 1000"),
       ("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 to below 1"),
       ("weight_decay", self.weight_decay >= 0, "0 or more"),
       ("clip_norm", self.clip_norm > 0, "above 0"),
@@ -347,7 +361,11 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
   if isinstance(value, list):
     value = tuple(value)
   if annotation in (float, float | None) and type(value) is int:
+    require(abs(value) < 2**1000, f"config key {key}", "...", "a float")
     value = float(value)
+  if isinstance(value, tuple):
+    whole = all(type(item) is int for item in value)
+    require(whole, f"config key {key}", value, "whole numbers")
   optional = value is None and isinstance(None, _classes(annotation))
   kinds = _classes(annotation)
   right = optional or (

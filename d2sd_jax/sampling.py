@@ -81,6 +81,8 @@ def sampling_scores(
   sampling: Sampling,
 ) -> Float[Array, "B R V"]:
   """What `sample` takes the argmax of at a temperature above 0; see there."""
+  # Measured from the largest, so that no temperature overflows.
+  logits = logits - logits.max(-1, keepdims=True)
   logits = logits / sampling.temperature
   filtered = (sampling.top_k > 0) | (sampling.top_p < 1)
   logits = jax.lax.cond(
@@ -141,6 +143,7 @@ def filter_logits(
   wanted = jnp.minimum(top_p, mass(kept))
   floor = _largest_threshold(ranks, lambda kept: mass(kept) >= wanted)
   kept &= (ranks >= floor[..., None]) | (top_p >= 1)
+  kept |= ranks == ranks.max(-1, keepdims=True)
   return jnp.where(kept, logits, -jnp.inf)
 
 

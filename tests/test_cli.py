@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -343,6 +344,9 @@ class FakeTokenizer:
   def from_gguf(cls, path):
     return cls()
 
+  def check_mask_token(self, token_id):
+    assert 0 <= token_id < 61
+
   def encode_chat(self, messages):
     return [3 + ord(c) % 50 for m in messages for c in m["content"]]
 
@@ -483,6 +487,7 @@ def test_ctrl_c(tmp_path):
     stderr=subprocess.PIPE,
   )
   with open(fifo, "wb"):
+    time.sleep(1)  # until it reads: before, a signal could pass unheard
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == (b"", b"")
   assert process.returncode == 130

@@ -234,16 +234,23 @@ def test_a_stop_id_in_the_prompt_does_not_count():
 
 
 def test_a_finished_row_goes_through_unchanged():
-  models = _models(right=(3, 3, 3))
-  state = tiny.start(models, _PROMPTS, max_new=[3, 20, 0])
-  state = _cycle(models, state)
-  before = tiny.answers(state, _PROMPTS)
-  lengths = state.lengths.tolist()
-  for _ in range(3):
+  # Row 0 ends at its limit, row 2 at a stop id with room left, row 3 fills.
+  models = _models(right=(3, 3, 3, 3))
+  prompts = [*_PROMPTS, [50]]
+  state = tiny.start(models, prompts, max_new=[3, 20, 20, 0], stops=(43,))
+  for _ in range(4):
     state = _cycle(models, state)
-  assert tiny.answers(state, _PROMPTS)[0] == before[0] == [10, 11, 12]
-  assert state.lengths.tolist()[::2] == lengths[::2]
-  assert not np.asarray(state.accepted)[0, 1:].any()
+    assert state.finished.tolist() == [True, False, True, True]
+    assert state.lengths.tolist()[::2] == [5, 3]
+    assert state.lengths[3] == 1
+    text = tiny.answers(state, prompts)
+    assert (text[0], text[2], text[3]) == ([10, 11, 12], [42, 43], [51])
+  assert np.asarray(state.accepted)[:, :4].tolist() == [
+    [2, 0, 0, 0],
+    [4, 4, 4, 4],
+    [1, 0, 0, 0],
+    [0, 0, 0, 0],
+  ]
 
 
 def test_11_the_mask_id_is_a_token_like_any_other_in_the_output():
@@ -278,6 +285,27 @@ def test_branches_win_where_the_trunk_fails():
     dflash, state, _GREEDY, jnp.int32(1), mode="dflash", config=_TREE
   )
   assert state.accepted[0, 0] == 2
+
+
+@pytest.mark.parametrize("forbid", [False, True])
+def test_forbid_repeat_bars_the_first_new_token_and_no_other(forbid):
+  # Both drafters count on, the second one 12 12; prefix 1, then 0 look the
+  # likeliest to fail.
+  models = _planted(_PROMPTS)
+  first, second = models.drafters
+  sharpness = first.sharpness.at[0, 4].set(5.0).at[0, 5].set(3.0)
+  first = dataclasses.replace(first, sharpness=sharpness)
+  second = dataclasses.replace(second, tokens=second.tokens.at[0, 6].set(12))
+  models = dataclasses.replace(models, drafters=(first, second))
+  state = tiny.start(models, _PROMPTS, max_new=[20, 20, 0])
+  config = dataclasses.replace(_TREE, forbid_repeat=forbid)
+  build = jax.jit(POLICIES["d2sd"].build, static_argnums=2)
+  tokens = build(models, state, config).tokens[0].tolist()
+  assert tokens[:4] == [10, 11, 12, 13]
+  # A branch behind 10 11, then one behind 10.
+  branches = [12, 12, 11, 12, 12]
+  new = [i for i in range(5) if tokens[4 + i] != branches[i]]
+  assert new == ([0, 2] if forbid else [])
 
 
 def test_no_branches_is_the_first_draft_alone():

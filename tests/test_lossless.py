@@ -305,12 +305,18 @@ def _record(seen, case, config, plan, limits, stops, observed):
       seen["stop inside"] += 1
     if cut:
       seen["limit inside"] += 1
-    if len(path) > 1 and path[-1] >= block:
-      first = tree.tokens[row, path]
-      trunk = tree.tokens[row, : len(path)]
-      # The trunk matched further than where the winning branch leaves it.
-      leaves = sum(n < block for n in path)
-      seen["equal siblings"] += first[leaves] == trunk[leaves]
+    seen["equal siblings"] += _first_match(tree, row, plan, start) < len(path)
+
+
+def _first_match(tree, row, plan, start):
+  """Nodes of the path that the first matching child of each node gives."""
+  node, depth = 0, 0
+  while True:
+    children = np.flatnonzero(tree.parents[row] == node)
+    matching = tree.tokens[row, children] == plan[row, start + depth + 1]
+    if not matching.any():
+      return depth + 1
+    node, depth = children[matching][0], depth + 1
 
 
 @pytest.mark.parametrize("name", _CONFIGS)
@@ -362,7 +368,8 @@ def test_planted_drafts(name):
     assert seen["winner", winner], (winner, seen)
   assert seen["stop inside"]
   assert seen["limit inside"]
-  if config.num_branches > 1 and not config.forbid_repeat:
+  # Where a branch starts at every slot, the first match ends no earlier.
+  if config.num_branches < config.block_size - 1 and not config.forbid_repeat:
     assert seen["equal siblings"]
 
 
@@ -403,6 +410,13 @@ def _sweep(config):
         wrong[row, at + 1 + rank] = 1
         doubt[row, at + 1 : at + 2 + rank] = 0.45
       yield case, _planted(case, plan, wrong, never, doubt), tokens, plan
+    # The last slot is wrong but looks sure: every branch starts earlier and
+    # begins with the trunk's own, right, token.
+    wrong, doubt = never.copy(), sure.copy()
+    for row, prompt in enumerate(prompts):
+      wrong[row, len(prompt) + block - 1] = 1
+      doubt[row, len(prompt) + 1 : len(prompt) + block - 1] = 0.45
+    yield case, _planted(case, plan, wrong, never, doubt), tokens, plan
 
 
 def test_a_row_does_not_know_its_batch():

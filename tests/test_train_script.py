@@ -67,7 +67,7 @@ def run(tmp_path, target, capsys):
     "role": "vp_drafter",
     "num_layers": 1,
     "block_size": 4,
-    "mask_token_id": 0,
+    "mask_token_id": 3,
     "num_anchors": 3,
     "max_length": 47,
     "batch_size": 2,
@@ -111,7 +111,7 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
   drafter = load_drafter(tmp_path / "straight" / "export", target_config)
   assert drafter.config.training_mode == "vp_drafter"
   assert drafter.config.block_size == 4
-  assert drafter.config.mask_token_id == 0
+  assert drafter.config.mask_token_id == 3
 
   # Stops in the last evaluation, with the checkpoint of step 4 on the disk.
   evaluate = train.evaluate

@@ -25,8 +25,8 @@ def decode_cycle(
 ) -> DecodeState:
   """Drafts a tree, verifies it in one pass, and commits 1 to γ tokens a row.
 
-  Pure, with static shapes: one trace serves all lengths. Rows that have
-  finished go through unchanged.
+  Pure, with static shapes: one trace serves all lengths. What counts
+  of rows that have finished does not change.
 
   Args:
     models: target and as many drafters as the policy uses.

@@ -24,7 +24,7 @@ from d2sd_jax.io.drafter_format import (
   read_drafter_config,
 )
 from d2sd_jax.io.models import DEFAULT_TARGET, read_target_config, target_path
-from d2sd_jax.io.paths import find_checkpoint
+from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget
@@ -108,6 +108,9 @@ def make_plan(config: DecodeConfig) -> Plan:
     _drafter_folder(name, field) for field, name in names[:num_drafters]
   )
   shapes = [_check_drafter(path, target, config.target) for path in folders]
+  second = config.second_block_size or 2
+  expected = f"below the target's context of {target.max_length}"
+  require(second < target.max_length, "second_block_size", second, expected)
   block_size = config.block_size or (shapes[0].block_size if shapes else 2)
   require(
     block_size < target.max_length,
@@ -137,7 +140,7 @@ def _tree(mode: str, config: DecodeConfig, block_size: int) -> TreeConfig:
 
 def _drafter_folder(name: str, field: str) -> Path:
   """A drafter by its folder, by either file in it, or by a shipped name."""
-  path = Path(name).expanduser()
+  path = user_path(name)
   if path.name in (CONFIG_FILE, WEIGHTS_FILE) and path.is_file():
     return path.parent
   return find_checkpoint(name, field)

@@ -57,10 +57,10 @@ def dual_draft(
   failure. Sec. 3.3: one batched second draft and the prefix tree.
   """
   trunk, confidence = _first_draft(models, state, config)
-  posterior = boundary_posterior(confidence)
-  prefix_lengths = select_prefixes(posterior, config.num_branches)
   if config.num_branches == 0:
     return chain_tree(trunk)
+  posterior = boundary_posterior(confidence)
+  prefix_lengths = select_prefixes(posterior, config.num_branches)
 
   extra = config.branch_size - config.block_size
   drafted = jnp.pad(trunk, ((0, 0), (0, extra)))[:, None]

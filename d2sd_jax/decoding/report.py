@@ -33,7 +33,7 @@ from d2sd_jax.evaluation import (
   acceptance_length,
   first_difference,
 )
-from d2sd_jax.io.paths import atomic_write
+from d2sd_jax.io.paths import atomic_write, user_path
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.tree import ANCHOR, FIRST_DRAFT, RE_DRAFT
 
@@ -117,7 +117,7 @@ def check_output(name: str) -> Path:
   Raises:
     UsageError: it is a folder, or lies where nothing can be written.
   """
-  path = Path(name).expanduser()
+  path = user_path(name)
   parent = next(p for p in path.absolute().parents if p.exists())
   require(
     bool(name) and not path.is_dir() and parent.is_dir(),

@@ -87,7 +87,10 @@ def load_drafter_folder(
   )
   try:
     tensors = load_file(path)
-  except (safetensors.SafetensorError, OSError, ValueError) as error:
+  except (
+    *(safetensors.SafetensorError, OSError, ValueError),
+    *(AttributeError, KeyError),  # a dtype that NumPy does not have
+  ) as error:
     raise UsageError(
       f"{path}: expected a whole safetensors file ({_one_line(error)})"
     ) from error
@@ -114,8 +117,8 @@ def read_drafter_config(
     config = _from_json(raw)
     if target is not None:
       config.check_fits(target)
-  except UsageError as error:
-    raise UsageError(f"{path}: {error}") from error
+  except (UsageError, TypeError, AttributeError) as error:
+    raise UsageError(f"{path}: {_one_line(error)}") from error
   return config
 
 
@@ -256,6 +259,11 @@ def _fill(
       raise UsageError(
         f"{path}: tensor {name} has shape {tensors[name].shape}, "
         f"expected {shape}"
+      )
+    if tensors[name].dtype.name not in ("bfloat16", "float16", "float32"):
+      raise UsageError(
+        f"{path}: tensor {name} has dtype {tensors[name].dtype}, expected "
+        "bfloat16, float16 or float32"
       )
     parameters[name].set_value(jnp.asarray(tensors[name].T, dtype))
   return drafter

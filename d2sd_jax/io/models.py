@@ -10,7 +10,7 @@ from d2sd_jax.errors import require
 from d2sd_jax.io.drafter_format import load_drafter_folder
 from d2sd_jax.io.fetch import SMOLLM2_135M, fetch_default_target
 from d2sd_jax.io.gguf import load_gguf, target_metadata
-from d2sd_jax.io.paths import find_checkpoint
+from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget, target_from_tensors
 
@@ -28,7 +28,7 @@ def target_path(name: str | Path) -> Path:
   """
   if str(name) == DEFAULT_TARGET:
     return fetch_default_target()
-  path = Path(name).expanduser()
+  path = user_path(name)
   files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
   require(
     len(files) == 1 and files[0].is_file(),
@@ -56,7 +56,7 @@ def load_target(
   Args:
     name: see `target_path`.
     dtype: of weights, caches and activations.
-    implementation: of `cascade_attention`; `None` picks by device.
+    implementation: of `cascade_attention`.
 
   Raises:
     UsageError: the file is missing, damaged or of an unknown architecture.

@@ -24,6 +24,23 @@ def cache_dir() -> Path:
   return Path(platformdirs.user_cache_dir("d2sd_jax"))
 
 
+def user_path(name: str | os.PathLike[str]) -> Path:
+  """A path as a user writes it, `~` for home.
+
+  Raises:
+    UsageError: there is no such home, or the name is too long.
+  """
+  try:
+    path = Path(name).expanduser()
+    path.exists()
+  except (RuntimeError, OSError, ValueError) as error:
+    shown = str(name)[:80]
+    raise UsageError(
+      f"path={shown!r}: expected a usable path ({error})"[:300]
+    ) from error
+  return path
+
+
 def find_config(name: str | os.PathLike[str]) -> Path:
   """The Python file of a config, given by path or by a shipped name.
 
@@ -33,7 +50,7 @@ def find_config(name: str | os.PathLike[str]) -> Path:
   Raises:
     UsageError: there is neither such a file nor a shipped config.
   """
-  path = Path(name).expanduser()
+  path = user_path(name)
   if path.is_file():
     return path
   folder = _shipped_folder("configs")
@@ -53,7 +70,7 @@ def find_checkpoint(
   Raises:
     UsageError: there is neither such a folder nor a shipped drafter.
   """
-  path = Path(name).expanduser()
+  path = user_path(name)
   if path.is_dir():
     return path
   folder = _shipped_folder("checkpoints")

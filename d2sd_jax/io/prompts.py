@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.paths import user_path
 from d2sd_jax.io.tokenizer import check_messages, check_unicode
 
 Conversation: TypeAlias = list[dict[str, str]]
@@ -31,7 +32,7 @@ def read_prompts(
       f"--prompt, --prompts_file: expected exactly one of them; {given} given"
     )
   if prompts_file is not None:
-    return _read_file(Path(prompts_file).expanduser())
+    return _read_file(user_path(prompts_file))
   return [_user_turn(_read_stdin() if prompt == "-" else prompt)]
 
 

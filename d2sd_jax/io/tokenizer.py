@@ -103,6 +103,14 @@ class ChatTokenizer:
       ids += self._encode_turn(message["role"], message["content"])
     return [*ids, self._turn_start, *self.encode("assistant\n")]
 
+  def check_mask_token(self, token_id: int) -> None:
+    """Raises `UsageError` unless the target never produces `token_id`."""
+    free = sorted(set(self.special_ids) - set(self.chat_ids))
+    # A vocabulary may have no special ids to spare.
+    unused = token_id in free if free else token_id not in self.chat_ids
+    expected = f"a special id that the target never produces: {free}"
+    require(unused, "mask_token_id", token_id, expected)
+
   def decode(self, ids: Iterable[int]) -> str:
     """Text of all the ids, special tokens by name.
 

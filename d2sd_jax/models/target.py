@@ -119,7 +119,7 @@ class LlamaTarget:
   Attributes:
     embedding: also the head where `lm_head` is `None` (tied).
     lm_head: `[V, D]`.
-    implementation: of `cascade_attention`; `None` picks by device.
+    implementation: of `cascade_attention`.
   """
 
   embedding: Float[Array, "V D"]

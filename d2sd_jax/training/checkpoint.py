@@ -8,8 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from d2sd_jax.config import TrainConfig
-from d2sd_jax.errors import UsageError
-from d2sd_jax.io.paths import atomic_write
+from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.paths import atomic_write, user_path
 from d2sd_jax.training.step import TrainState
 
 # Fields that may change between a run and its continuation.
@@ -25,8 +25,11 @@ class Checkpointer:
     Raises:
       UsageError: the directory belongs to a run with another config.
     """
-    self.workdir = Path(workdir).expanduser().resolve()
-    self._check_config(config)
+    self.workdir = user_path(workdir).resolve()
+    check_workdir(self.workdir, config)
+    with atomic_write(self.workdir / "config.json") as temporary:
+      text = json.dumps(_plain(config), indent=2, sort_keys=True)
+      temporary.write_text(text + "\n", encoding="utf-8")
     self.manager = ocp.CheckpointManager(
       self.workdir / "checkpoints",
       options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
@@ -52,21 +55,30 @@ class Checkpointer:
     self.manager.wait_until_finished()
     self.manager.close()
 
-  def _check_config(self, config: TrainConfig) -> None:
-    path = self.workdir / "config.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.is_file():
-      theirs = json.loads(path.read_text(encoding="utf-8"))
-      for key in sorted(mine.keys() | theirs.keys()):
-        if key not in FREE_FIELDS and mine.get(key) != theirs.get(key):
-          raise UsageError(
-            f"workdir={str(self.workdir)!r}: holds a run with {key}="
-            f"{theirs.get(key)!r}, expected {mine.get(key)!r} as configured"
-          )
-      return
-    with atomic_write(path) as temporary:
-      text = json.dumps(mine, indent=2, sort_keys=True)
-      temporary.write_text(text + "\n", encoding="utf-8")
+
+def check_workdir(workdir: Path, config: TrainConfig) -> None:
+  """Raises `UsageError` if `workdir` holds a run with another config."""
+  usable = workdir.is_dir() or not workdir.exists()
+  require(usable, "workdir", str(workdir), "a folder, or a new name")
+  path = workdir / "config.json"
+  if not path.is_file():
+    return
+  try:
+    theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+  except (ValueError, TypeError) as error:
+    raise UsageError(f"{path}: expected the config of a run") from error
+  mine = _plain(config)
+  for key in sorted(mine.keys() | theirs.keys()):
+    if key not in FREE_FIELDS and mine.get(key) != theirs.get(key):
+      raise UsageError(
+        f"workdir={str(workdir)!r}: holds a run with {key}="
+        f"{theirs.get(key)!r}, expected {mine.get(key)!r} as configured"
+      )
+
+
+def _plain(config: TrainConfig) -> dict:
+  """The config as JSON gives it back: lists for tuples."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _as_dict(state: TrainState) -> dict:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import jax.numpy as jnp
 import numpy as np
 
 from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.paths import user_path
 from d2sd_jax.training.blocks import Conversations
 
 
@@ -50,17 +50,20 @@ def read_conversations(
     UsageError: no such file, a malformed line (with its number), or nothing
       left to train on.
   """
-  path = Path(path).expanduser()
+  path = user_path(path)
   require(path.is_file(), "corpus", str(path), "a file of JSON lines")
   records = []
-  with path.open(encoding="utf-8") as lines:
+  with path.open(encoding="utf-8", errors="surrogateescape") as lines:
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
       try:
         prompt, answer = _ids(json.loads(line), tokenizer)
         _check_ids(prompt + answer, vocab_size)
-      except (ValueError, TypeError, KeyError) as error:
+      except (
+        *(ValueError, TypeError, KeyError),
+        *(AttributeError, RecursionError),
+      ) as error:
         raise UsageError(
           f"{path}, line {number}: expected a conversation ({error})"
         ) from error
@@ -72,7 +75,7 @@ def read_conversations(
 
 def make_dataset(
   records: Sequence[dict[str, np.ndarray]], batch_size: int, seed: int
-) -> grain.MapDataset:
+) -> Any:
   """An endless dataset of batches: `dataset[step]` is a pure function.
 
   That is what makes resuming exact: the position in the data is the step.
@@ -83,6 +86,12 @@ def make_dataset(
     f"{len(records)} usable lines",
     f"at least batch_size = {batch_size}",
   )
+  try:
+    import grain
+  except ModuleNotFoundError as error:
+    raise UsageError(
+      "grain: not installed, expected the extra: pip install 'd2sd-jax[train]'"
+    ) from error
   source = grain.MapDataset.source(records)
   batched = source.shuffle(seed=seed).repeat().batch(batch_size)
   return batched.map(lambda batch: Conversations(**batch))

@@ -143,7 +143,8 @@ def train_step(
     loss = block_loss(logits, labels, weights, config.loss_normalizer)
     return loss, jnp.argmax(logits, -1) == labels
 
-  grads, (loss, correct) = _value_last(loss_fn)(state.params)
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+  (loss, correct), grads = value_and_grad(state.params)
   updates, opt_state = make_optimizer(config).update(
     grads, state.opt_state, state.params
   )
@@ -221,13 +222,3 @@ def cut(batch, anchors, valid, lengths, config: TrainConfig) -> Blocks:
 def loss_decay(config: TrainConfig) -> float:
   """τ: the config's, or the published one for the block size."""
   return config.loss_decay or default_loss_decay(config.block_size)
-
-
-def _value_last(loss_fn):
-  """`value_and_grad` with an auxiliary output, gradients first."""
-
-  def wrapped(params):
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return grads, (loss, aux)
-
-  return wrapped

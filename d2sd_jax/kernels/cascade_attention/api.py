@@ -52,8 +52,8 @@ def cascade_attention(
       is 0.
     local_mask: `mask[b, g, i, j]`: node i sees node j; `None` is all-to-all.
     sinks: a logit per query head that joins the softmax's denominator.
-    implementation: a key of `IMPLEMENTATIONS`; `None` picks the best one that
-      the device runs.
+    implementation: a key of `IMPLEMENTATIONS`; `None` is XLA, which
+      every device runs.
 
   Returns:
     The attention output in `query`'s dtype; zero for a node that sees nothing.
