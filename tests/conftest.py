@@ -1,9 +1,29 @@
 """What several test modules share."""
 
+import os
+
 import jax
 import pytest
 
 from d2sd_jax.io import fetch
+
+
+def pytest_configure(config):
+  """Compiling ahead of time must not look for the chips themselves."""
+  if config.option.markexpr == "aot":
+    jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+  """Workers for `-n auto`; each takes up to 4 GB.
+
+  A selection starts faster without any, and two processes cannot compile
+  for TPUs at once.
+  """
+  selected = config.option.keyword or config.option.file_or_dir
+  alone = selected or config.option.markexpr == "aot"
+  return 0 if alone else min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

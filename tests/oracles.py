@@ -236,3 +236,17 @@ def drafter_forward(tensors, config, features, embeddings):
   for i in range(config.num_layers):
     x = model.layer(i, x, positions, context[i], both_ways)
   return rms_norm(x, model.weight("norm"), config.rms_norm_eps)
+
+
+def cut_periodic_tail(tokens):
+  """The definition: for every period, count from the end while it repeats."""
+  longest = 0
+  for period in range(1, len(tokens) // 3 + 1):
+    m = 0
+    while (
+      m < len(tokens) - period and tokens[-1 - m] == tokens[-1 - m - period]
+    ):
+      m += 1
+    if m >= 2 * period and m >= 24:
+      longest = max(longest, m)
+  return tokens[: len(tokens) - longest]

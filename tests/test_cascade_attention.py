@@ -1,17 +1,56 @@
 """One suite that every implementation of cascade attention passes."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from d2sd_jax import UsageError, cascade_attention
-from d2sd_jax.kernels.cascade_attention import IMPLEMENTATIONS, xla
+from d2sd_jax.kernels.cascade_attention import (
+  CAUSAL,
+  IMPLEMENTATIONS,
+  cudnn,
+  mosaic_tpu,
+  xla,
+)
+from d2sd_jax.kernels.cascade_attention.api import default_implementation
+from d2sd_jax.kernels.device import tpu_interpreter
 
-_EVERY = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# cuDNN itself needs a GPU; all that is ours around it runs here as well.
+_DENSE = "cudnn around XLA"
+# Hopper's kernel takes other sizes, and is slow here: test_mosaic_gpu.py.
+_WITH_SINKS = sorted(set(IMPLEMENTATIONS) - {"cudnn", "mosaic_gpu"})
+_EVERY = pytest.mark.parametrize("implementation", [*_WITH_SINKS, _DENSE])
+_EVERY_WITH_SINKS = pytest.mark.parametrize("implementation", _WITH_SINKS)
 # Far beyond any real key or value, and finite in bfloat16 too.
 _POISON = 1e30
+
+
+@pytest.fixture(autouse=True)
+def _dense(monkeypatch):
+  attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+  dense = functools.partial(cudnn.cascade_attention, attend=attend)
+  monkeypatch.setitem(IMPLEMENTATIONS, _DENSE, dense)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+  # The prefixes below are longer than a block, and no multiple of one.
+  monkeypatch.setattr(mosaic_tpu, "BLOCK_KEYS", 8)
+
+
+def _interpreter(implementation):
+  """Where a kernel needs one here; from jax 0.12 on, a race is an error."""
+  if implementation != "mosaic_tpu":
+    return contextlib.nullcontext()
+  return tpu_interpreter(pltpu.InterpretParams(detect_races=True))
 
 
 def _inputs(
@@ -33,15 +72,23 @@ def _inputs(
   return arrays, {"prefix_end": ends, "local_mask": mask}
 
 
-def _run(implementation, arrays, options):
-  as_jax = lambda x: None if x is None else jnp.asarray(x)
-  options = {k: as_jax(v) for k, v in options.items()}
+@functools.cache
+def _program(implementation):
+  """One jitted function: cases of the same shapes share a program."""
 
   @jax.jit
   def attend(arrays, options):
     return cascade_attention(*arrays, **options, implementation=implementation)
 
-  return np.asarray(attend([jnp.asarray(x) for x in arrays], options))
+  return attend
+
+
+def _run(implementation, arrays, options):
+  as_jax = lambda x: None if x is None else jnp.asarray(x)
+  options = {k: as_jax(v) for k, v in options.items()}
+  with _interpreter(implementation):
+    attend = _program(implementation)
+    return np.asarray(attend([jnp.asarray(x) for x in arrays], options))
 
 
 def _check(implementation, arrays, options, atol=1e-5):
@@ -52,9 +99,9 @@ def _check(implementation, arrays, options, atol=1e-5):
 
 
 @_EVERY
-@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(
-  ("share", "kv_heads", "dim"), [(1, 5, 8), (3, 2, 64), (4, 1, 8), (8, 2, 6)]
+  ("groups", "share", "kv_heads", "dim"),
+  [(1, 1, 5, 8), (1, 4, 2, 128), (3, 8, 2, 6), (4, 3, 2, 64), (8, 4, 1, 8)],
 )
 def test_shapes_and_ragged_rows(implementation, groups, share, kv_heads, dim):
   # The rows see the full cache, one row of it, and nothing of it.
@@ -87,6 +134,20 @@ def test_mask_shared_by_rows_and_groups(implementation):
 
 
 @_EVERY
+@pytest.mark.parametrize(("groups", "size"), [(1, 0), (1, 11), (3, 0)])
+def test_causal_by_name(implementation, groups, size):
+  arrays, options = _inputs(groups=groups, size=size)
+  options["local_mask"] = np.tri(5, dtype=bool)[None, None]
+  expected = _check(implementation, arrays, options)
+  causal = functools.partial(
+    cascade_attention, local_mask=CAUSAL, implementation=implementation
+  )
+  with _interpreter(implementation):
+    got = jax.jit(causal)(*arrays, prefix_end=options["prefix_end"])
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@_EVERY
 def test_every_group_has_its_own_prefix_end(implementation):
   arrays, options = _inputs(groups=4)
   options["prefix_end"] = np.array(
@@ -110,7 +171,7 @@ def test_every_node_has_its_own_window(implementation):
   assert not np.allclose(got, _check(implementation, arrays, options))
 
 
-@_EVERY
+@_EVERY_WITH_SINKS
 @pytest.mark.parametrize("size", [0, 11])
 def test_sinks_join_the_denominator(implementation, size):
   arrays, options = _inputs(size=size)
@@ -121,8 +182,14 @@ def test_sinks_join_the_denominator(implementation, size):
   assert abs(_check(implementation, arrays, options)).max() < 1e-6
 
 
-@_EVERY
-@pytest.mark.parametrize("sinks", [None, np.ones(6, np.float32)])
+@pytest.mark.parametrize(
+  ("implementation", "sinks"),
+  [
+    (_DENSE, None),
+    *[(name, None) for name in _WITH_SINKS],
+    *[(name, np.ones(6, np.float32)) for name in _WITH_SINKS],
+  ],
+)
 def test_a_node_that_sees_nothing_is_zero(implementation, sinks):
   arrays, options = _inputs()
   options["local_mask"][:, :, 3] = False
@@ -188,7 +255,46 @@ def test_long_groups_go_through_in_slices(monkeypatch):
   # 6 is cut into 3 slices of 2; 4 does not divide it: one piece.
   for most in (2, 4):
     monkeypatch.setattr(xla, "MAX_NODES", most)
+    _program.cache_clear()
     _check("xla", arrays, options)
+  _program.cache_clear()
+
+
+@pytest.mark.parametrize(
+  ("most", "tile"), [(6, (1, 2)), (40, (2, 6)), (1024, (4, 6))]
+)
+def test_nodes_go_through_the_tpu_in_tiles(monkeypatch, most, tile):
+  arrays, options = _inputs(nodes=6, groups=4, size=21)
+  rng = np.random.default_rng(2)
+  options["prefix_end"] = rng.integers(0, 22, (3, 4)).astype(np.int32)
+  options["prefix_start"] = rng.integers(0, 22, (3, 4, 6)).astype(np.int32)
+  options["sinks"] = np.linspace(-1, 1, 6).astype(np.float32)
+  monkeypatch.setattr(mosaic_tpu, "MAX_ROWS", most)
+  assert mosaic_tpu._tile(4, 6, 3) == tile
+  _program.cache_clear()
+  _check("mosaic_tpu", arrays, options)
+  _program.cache_clear()
+
+
+def test_the_tpu_needs_only_the_blocks_that_are_seen():
+  bounds = jnp.array(
+    [
+      [[[0, 9], [0, 9]], [[0, 8], [3, 8]], [[0, 0], [0, 0]]],
+      [[[17, 20], [9, 20]], [[30, 20], [16, 17]], [[20, 20], [21, 20]]],
+    ]
+  )
+  first, last = mosaic_tpu._needed_blocks(bounds, 8)
+  assert first.tolist() == [[0, 0, 0], [1, 2, 0]]
+  assert last.tolist() == [[2, 1, 0], [3, 3, 0]]
+  # What is outside of them is not even multiplied by zero.
+  arrays, options = _inputs(size=40, batch=2)
+  ends = options["prefix_end"] = np.array([20, 31], np.int32)
+  starts = ends[:, None, None] - np.arange(5) - 2
+  options["prefix_start"] = starts.astype(np.int32)
+  for cache in arrays[1:3]:
+    cache[0, :, :8] = cache[0, :, 24:] = np.nan
+    cache[1, :, :24] = cache[1, :, 32:] = np.nan
+  _check("mosaic_tpu", arrays, options)
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -215,17 +321,92 @@ def test_gradients_are_those_of_the_reference(size, sinks):
 
     return jax.jit(jax.grad(loss))(arrays)
 
-  got, expected = gradients("xla"), gradients("reference")
-  for a, b in zip(got, expected, strict=True):
-    assert np.isfinite(a).all()
-    assert a.size == 0 or np.abs(b).max() > 0.01
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-  assert not got[0][2, :, 3].any()
+  expected = gradients("reference")
+  both = ("xla", "mosaic_tpu")
+  for implementation in both if sinks else (*both, _DENSE):
+    with _interpreter(implementation):
+      got = gradients(implementation)
+    for a, b in zip(got, expected, strict=True):
+      assert np.isfinite(a).all()
+      assert a.size == 0 or np.abs(b).max() > 0.01
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert not got[0][2, :, 3].any()
 
 
 def test_the_default_is_one_of_the_implementations():
   arrays, options = _inputs()
   _check(None, arrays, options)
+
+
+def test_cudnn_says_why_it_cannot_run():
+  arrays, options = _inputs()
+  with pytest.raises(UsageError, match="float32': expected bfloat16"):
+    _run("cudnn", arrays, options)
+  arrays = [np.array(jnp.asarray(x, jnp.bfloat16)) for x in arrays]
+  if not cudnn.is_available():
+    with pytest.raises(UsageError, match="cudnn': expected an NVIDIA GPU"):
+      _run("cudnn", arrays, options)
+
+
+def test_the_tpu_kernel_says_why_it_cannot_run(monkeypatch):
+  arrays, options = _inputs()
+  attend = functools.partial(
+    cascade_attention,
+    prefix_end=options["prefix_end"],
+    implementation="mosaic_tpu",
+  )
+  with pytest.raises(UsageError, match=r"mosaic_tpu': expected a TPU"):
+    attend(*arrays)
+  with _interpreter("mosaic_tpu"):
+    with pytest.raises(UsageError, match="expected float32 or bfloat16"):
+      attend(*(x.astype(np.float16) for x in arrays))
+    mixed = [x.astype(jnp.bfloat16) for x in arrays[1:3]]
+    with pytest.raises(UsageError, match="cache in the query's float32"):
+      attend(arrays[0], *mixed, *arrays[3:])
+    monkeypatch.setattr(mosaic_tpu, "MAX_LOCAL_KEYS", 4)
+    with pytest.raises(UsageError, match="groups of at most 4 nodes, not 5"):
+      attend(*arrays)
+    monkeypatch.setattr(mosaic_tpu, "MAX_LOCAL_KEYS", 5)
+    monkeypatch.setattr(mosaic_tpu, "MAX_ROWS", 2)
+    with pytest.raises(UsageError, match="2 query heads to a key head, not 3"):
+      attend(*arrays)
+    monkeypatch.setattr(mosaic_tpu, "MAX_HEAD_DIM", 7)
+    with pytest.raises(UsageError, match="heads of at most 7, not 8"):
+      attend(*arrays)
+
+
+def test_the_default_on_a_tpu(monkeypatch):
+  name = lambda query, keys, dtype=jnp.bfloat16: default_implementation(
+    jax.ShapeDtypeStruct(query, jnp.bfloat16), jax.ShapeDtypeStruct(keys, dtype)
+  )
+  query, keys = (1, 1, 70, 6, 64), (1, 2, 99, 64)
+  assert name(query, keys) == "xla"
+  with _interpreter("mosaic_tpu"):
+    assert name(query, keys) == "mosaic_tpu"
+    assert name(query, keys, jnp.float32) == "xla"
+    assert name(query, (1, 2, 0, 64)) == "xla"  # Prefill.
+    assert name((1, 512, 16, 6, 64), keys) == "xla"  # Training.
+
+
+@pytest.mark.parametrize(
+  ("available", "dtype", "nodes", "size", "name"),
+  [
+    (True, jnp.bfloat16, 64, 8, "cudnn"),
+    (False, jnp.bfloat16, 64, 8, "xla"),
+    (True, jnp.float32, 64, 8, "xla"),
+    (True, jnp.bfloat16, 63, 8, "xla"),
+    (True, jnp.bfloat16, 64, 7, "xla"),
+  ],
+)
+def test_the_default_by_device_dtype_and_sizes(
+  monkeypatch, available, dtype, nodes, size, name
+):
+  monkeypatch.setattr(cudnn, "is_available", lambda: available)
+  query = jax.ShapeDtypeStruct((1, 2, nodes, 3, 64), dtype)
+  keys = jax.ShapeDtypeStruct((1, 1, size, 64), dtype)
+  assert default_implementation(query, keys) == name
+  sinks = jax.ShapeDtypeStruct((3,), jnp.float32)
+  assert default_implementation(query, keys, sinks) == "xla"
 
 
 def test_unknown_implementation_is_refused_by_name():

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from d2sd_jax.kernels.device import runs_tpu_kernels
+from d2sd_jax.kernels.write_rows import fits, write_rows
 from d2sd_jax.typing import Array, Float, Int
 
 
@@ -71,14 +73,7 @@ def append(cache: KVCache, rows: KVCache, lengths: Int[Array, " B"]) -> KVCache:
     The cache with the rows written; how many of them count is the caller's to
     remember.
   """
-
-  def write(cache, rows):
-    at = lambda c, r, n: jax.lax.dynamic_update_slice(
-      c, r.astype(c.dtype), (0, n, 0)
-    )
-    return jax.vmap(at)(cache, rows, lengths)
-
-  return jax.tree.map(write, cache, rows)
+  return _write(cache, rows, None, lengths)
 
 
 def commit_path(
@@ -99,5 +94,30 @@ def commit_path(
   Returns:
     The cache with one static slab of P rows written.
   """
-  pick = lambda x: jnp.take_along_axis(x, path[:, None, :, None], axis=2)
-  return append(cache, jax.tree.map(pick, nodes), lengths)
+  return _write(cache, nodes, path, lengths)
+
+
+def _write(cache, rows, index, starts):
+  """Writes rows `index`, all where that is `None`, from `starts` on."""
+  in_place = runs_tpu_kernels() and all(map(fits, cache.keys))
+  write = write_rows if in_place else _update_slices
+  pairs = [
+    write(cache.layer(i), rows.layer(i), index, starts)
+    for i in range(len(cache))
+  ]
+  keys, values = zip(*pairs, strict=True) if pairs else ((), ())
+  return KVCache(keys=keys, values=values)
+
+
+def _update_slices(caches, rows, index, starts):
+  """`write_rows` in XLA: any capacity, and in place except on TPU."""
+
+  def write(cache, rows):
+    if index is not None:
+      rows = jnp.take_along_axis(rows, index[:, None, :, None], axis=2)
+    at = lambda c, r, n: jax.lax.dynamic_update_slice(
+      c, r.astype(c.dtype), (0, n, 0)
+    )
+    return jax.vmap(at)(cache, rows, starts)
+
+  return tuple(map(write, caches, rows))

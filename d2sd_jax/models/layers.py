@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from d2sd_jax.kernels.cascade_attention import cascade_attention
+from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
 from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.typing import Array, Bool, Float, Int
+from d2sd_jax.typing import Array, Float, Int
 
 
 class BlockConfig(Protocol):
@@ -81,7 +81,7 @@ def transformer_block(
   positions: Int[Array, "B G R"],
   prefix: tuple[Float[Array, "B J S H"], Float[Array, "B J S H"]],
   prefix_end: Int[Array, "B"] | Int[Array, "B G"],
-  local_mask: Bool[Array, "#B #G R R"] | None,
+  local_mask: LocalMask,
   config: BlockConfig,
   implementation: str | None = None,
 ) -> tuple[

@@ -13,11 +13,12 @@ import numpy as np
 
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
+from d2sd_jax.kernels.cascade_attention import CAUSAL, LocalMask
 from d2sd_jax.kernels.dot import dot_float32
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import rms_norm, transformer_block
 from d2sd_jax.tree import PrefixTree, ancestor_mask
-from d2sd_jax.typing import Array, Bool, Float, Int
+from d2sd_jax.typing import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +161,7 @@ class LlamaTarget:
       positions,
       cache=self.init_cache(batch, 0),
       lengths=jnp.zeros((batch,), jnp.int32),
-      mask=jnp.tril(jnp.ones((1, size, size), bool)),
+      mask=CAUSAL,
       taps=taps,
     )
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
@@ -181,7 +182,7 @@ class LlamaTarget:
       lengths[:, None] + tree.depths,
       cache=cache,
       lengths=lengths,
-      mask=ancestor_mask(tree.parents),
+      mask=ancestor_mask(tree.parents)[:, None],
       taps=taps,
     )
     return TargetOutput(logits=self._logits(hidden), features=features, kv=kv)
@@ -197,7 +198,7 @@ class LlamaTarget:
     *,
     cache: KVCache,
     lengths: Int[Array, " B"],
-    mask: Bool[Array, "#B R R"],
+    mask: LocalMask,
     taps: tuple[int, ...],
   ) -> tuple[Float[Array, "B R D"], Float[Array, "B R taps D"], KVCache]:
     """All layers over one group of nodes behind the cached prefix."""
@@ -210,7 +211,7 @@ class LlamaTarget:
         positions[:, None],
         cache.layer(i),
         lengths,
-        mask[:, None],
+        mask,
         self.config,
         self.implementation,
       )

@@ -1,17 +1,33 @@
 """The public operation: shapes, semantics and dispatch."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 
 from d2sd_jax.errors import require
-from d2sd_jax.kernels.cascade_attention import reference, xla
+from d2sd_jax.kernels.cascade_attention import (
+  cudnn,
+  mosaic_gpu,
+  mosaic_tpu,
+  reference,
+  xla,
+)
 from d2sd_jax.typing import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
+  "cudnn": cudnn.cascade_attention,
+  "mosaic_gpu": mosaic_gpu.cascade_attention,
+  "mosaic_tpu": mosaic_tpu.cascade_attention,
   "reference": reference.cascade_attention,
   "xla": xla.cascade_attention,
 }
+CAUSAL: Literal["causal"] = "causal"
+LocalMask = Bool[Array, "#B #G R R"] | Literal["causal"] | None
+# From so many nodes a row, one dense flash attention beats two parts in XLA.
+MIN_CUDNN_NODES = 128
+# The kernels for decoding look at every node's local keys, group by group.
+MAX_KERNEL_NODES = 256
 
 
 def cascade_attention(
@@ -23,7 +39,7 @@ def cascade_attention(
   *,
   prefix_end: Int[Array, "B"] | Int[Array, "B G"],
   prefix_start: Int[Array, "B G R"] | None = None,
-  local_mask: Bool[Array, "#B #G R R"] | None = None,
+  local_mask: LocalMask = None,
   sinks: Float[Array, "N"] | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B G R N H"]:
@@ -50,16 +66,17 @@ def cascade_attention(
     prefix_end: rows of the prefix to be seen, of each batch row or each group.
     prefix_start: first row to be seen by each node (sliding windows); `None`
       is 0.
-    local_mask: `mask[b, g, i, j]`: node i sees node j; `None` is all-to-all.
+    local_mask: `mask[b, g, i, j]`: node i sees node j; `None` is all-to-all,
+      `CAUSAL` that a node sees itself and those before it.
     sinks: a logit per query head that joins the softmax's denominator.
-    implementation: a key of `IMPLEMENTATIONS`; `None` is XLA, which
-      every device runs.
+    implementation: a key of `IMPLEMENTATIONS`; `None` chooses by device, dtype
+      and sizes (`default_implementation`).
 
   Returns:
     The attention output in `query`'s dtype; zero for a node that sees nothing.
 
   Raises:
-    UsageError: `implementation` is unknown.
+    UsageError: `implementation` is unknown, or cannot run this here.
     ValueError: the shapes do not fit each other.
   """
   batch, groups, nodes, heads, head_dim = query.shape
@@ -72,7 +89,9 @@ def cascade_attention(
     raise ValueError(f"prefix keys and values: expected shape {prefix}")
   if heads % kv_heads:
     raise ValueError(f"{heads} query heads do not share {kv_heads} key heads")
-  name = implementation or "xla"
+  name = implementation or default_implementation(
+    query, prefix_keys, sinks, local_keys
+  )
   require(
     name in IMPLEMENTATIONS,
     "implementation",
@@ -83,6 +102,8 @@ def cascade_attention(
     prefix_end = prefix_end[:, None]
   if local_mask is None:
     local_mask = jnp.ones((1, 1, nodes, nodes), bool)
+  elif isinstance(local_mask, str) and name != "cudnn":
+    local_mask = jnp.tri(nodes, dtype=bool)[None, None]
   return IMPLEMENTATIONS[name](
     query,
     prefix_keys,
@@ -94,3 +115,46 @@ def cascade_attention(
     local_mask=local_mask,
     sinks=sinks,
   )
+
+
+def default_implementation(
+  query: Float[Array, "B G R N H"],
+  prefix_keys: Float[Array, "B J S H"],
+  sinks: Float[Array, "N"] | None = None,
+  local_keys: Float[Array, "B G R J H"] | None = None,
+) -> str:
+  """The fastest implementation for these operands on the default device.
+
+  Mosaic GPU's serves decoding on Hopper, once it was measured to win. cuDNN's
+  wants 16-bit operands, and is worth its waste from a few hundred nodes a row;
+  its gradient asks for even sizes. On a TPU, decoding runs in Mosaic TPU's. XLA
+  runs everything.
+
+  Args:
+    query: as for `cascade_attention`.
+    prefix_keys: as for `cascade_attention`.
+    sinks: as for `cascade_attention`.
+    local_keys: as for `cascade_attention`; `None`: of `query`'s dtype.
+  """
+  _, groups, nodes, _, head_dim = query.shape
+  rows = groups * nodes
+  if (
+    mosaic_gpu.MEASURED_TO_WIN
+    and prefix_keys.shape[2] > 0
+    and rows <= MAX_KERNEL_NODES
+    and mosaic_gpu.why_not(query, prefix_keys, local_keys) is None
+    and mosaic_gpu.is_available()
+  ):
+    return "mosaic_gpu"
+  fits = (
+    query.dtype.name in cudnn.DTYPES
+    and sinks is None
+    and rows >= MIN_CUDNN_NODES
+    and rows % 2 == 0
+    and prefix_keys.shape[2] % 2 == 0
+    and head_dim % 8 == 0
+    and head_dim <= 128
+  )
+  if fits and cudnn.is_available():
+    return "cudnn"
+  return "mosaic_tpu" if mosaic_tpu.wins(query, prefix_keys) else "xla"

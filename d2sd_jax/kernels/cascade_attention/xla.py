@@ -6,8 +6,8 @@ from einops import rearrange
 
 from d2sd_jax.kernels.dot import dot_float32
 
-# Scores of an empty part: far below any real one, and still finite.
-EMPTY = -1e30
+# The score of what is not seen: far below any real one, and still finite.
+UNSEEN = -1e30
 # Longer groups go through in slices, so that a long prompt's scores fit.
 MAX_NODES = 1024
 
@@ -32,7 +32,7 @@ def cascade_attention(
   if prefix_start is None:
     prefix_start = jnp.zeros((batch, groups, nodes), jnp.int32)
   if sinks is not None:
-    sinks = rearrange(sinks, "(j n) -> j n", n=share)
+    sinks = rearrange(sinks, "(j n) -> j 1 1 n", n=share)
 
   def attend(query, local_mask, prefix_start):
     parts = [_local_part(query, local_keys, local_values, local_mask)]
@@ -41,7 +41,8 @@ def cascade_attention(
       seen = row < prefix_end[:, :, None, None]
       seen = seen & (row >= prefix_start[..., None])
       parts.append(_prefix_part(query, prefix_keys, prefix_values, seen))
-    return _merge(parts, sinks).astype(query.dtype)
+    output = _merge(parts, sinks).astype(query.dtype)
+    return rearrange(output, "b j g r n h -> b g r (j n) h")
 
   if nodes > MAX_NODES and nodes % MAX_NODES == 0:
     slices = [
@@ -49,24 +50,61 @@ def cascade_attention(
       for x in (query, local_mask, prefix_start)
     ]
     output = jax.lax.map(lambda xs: attend(*xs), slices)
-    output = rearrange(output, "c b g r ... -> b g (c r) ...")
-  else:
-    output = attend(query, local_mask, prefix_start)
-  return rearrange(output, "b g r j n h -> b g r (j n) h")
+    return rearrange(output, "c b g r ... -> b g (c r) ...")
+  return attend(query, local_mask, prefix_start)
+
+
+# Each part is its masked scores [b, j, g, r, n, keys], batch dimensions first
+# as the products leave them, and the weighing of its values.
 
 
 def _prefix_part(query, keys, values, mask):
   """All nodes of all groups against the one shared prefix."""
-  scores = dot_float32("bgrjnh,bjsh->bgrjns", query, keys)
-  weights, total, lse = _softmax(scores, mask, query.shape[-1])
-  return _weigh("bgrjns,bjsh->bgrjnh", weights, values) / total, lse
+  scores = dot_float32("bgrjnh,bjsh->bjgrns", query, keys)
+  scores = _mask(scores, mask, query.shape[-1])
+  return scores, lambda weights: _weigh("bjgrns,bjsh->bjgrnh", weights, values)
 
 
 def _local_part(query, keys, values, mask):
   """Each group's nodes against the nodes of the same group."""
-  scores = dot_float32("bgrjnh,bgkjh->bgrjnk", query, keys)
-  weights, total, lse = _softmax(scores, mask, query.shape[-1])
-  return _weigh("bgrjnk,bgkjh->bgrjnh", weights, values) / total, lse
+  scores = dot_float32("bgrjnh,bgkjh->bgjrnk", query, keys)
+  scores = rearrange(scores, "b g j r n k -> b j g r n k")
+  scores = _mask(scores, mask, query.shape[-1])
+
+  def weigh(weights):
+    weights = rearrange(weights, "b j g r n k -> b g j r n k")
+    output = _weigh("bgjrnk,bgkjh->bgjrnh", weights, values)
+    return rearrange(output, "b g j r n h -> b j g r n h")
+
+  return scores, weigh
+
+
+def _mask(scores, mask, head_dim):
+  """Scaled scores; `UNSEEN` where the mask [b, g, r, keys] is false."""
+  mask = mask[:, None, :, :, None, :]
+  return jnp.where(mask, scores * head_dim**-0.5, UNSEEN)
+
+
+def _merge(parts, sinks):
+  """One softmax over all parts: their largest score and sum are shared.
+
+  That is the merge of Sec. 3.3, e^{l - m} weighing each part, with m the
+  largest score of all instead of the largest log-sum-exp.
+  """
+  tops = [scores.max(-1) for scores, _ in parts]
+  if sinks is not None:
+    tops.append(jnp.broadcast_to(sinks.astype(jnp.float32), tops[0].shape))
+  top = jax.lax.stop_gradient(jnp.stack(tops).max(0))
+  weights = [jnp.exp(scores - top[..., None]) for scores, _ in parts]
+  total = sum(part.sum(-1) for part in weights)
+  if sinks is not None:
+    total = total + jnp.exp(tops[-1] - top)
+  output = sum(
+    weigh(part) for part, (_, weigh) in zip(weights, parts, strict=True)
+  )
+  # A node that sees nothing would weigh all alike.
+  some = (top > UNSEEN)[..., None]
+  return jnp.where(some, output / total[..., None], 0.0)
 
 
 def _weigh(spec, weights, values):
@@ -80,28 +118,3 @@ def _weigh(spec, weights, values):
 
   # XLA has no bfloat16 product for some of these layouts on a CPU.
   return jax.lax.platform_dependent(weights, values, cpu=wide, default=narrow)
-
-
-def _softmax(scores, mask, head_dim):
-  """Masked exponentials, their sum (1 where nothing is seen), log-sum-exp."""
-  mask = mask[:, :, :, None, None, :]
-  scores = jnp.where(mask, scores * head_dim**-0.5, EMPTY)
-  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-  weights = jnp.where(mask, jnp.exp(scores - top), 0.0)
-  total = weights.sum(-1, keepdims=True)
-  some = total > 0
-  total = jnp.where(some, total, 1.0)
-  lse = jnp.where(some, jnp.log(total) + top, EMPTY)
-  return weights, total, lse[..., 0]
-
-
-def _merge(parts, sinks):
-  """Weighs the parts' outputs by their share of the whole softmax."""
-  lses = [lse for _, lse in parts]
-  if sinks is not None:
-    lses.append(jnp.broadcast_to(sinks.astype(jnp.float32), lses[0].shape))
-  shares = jax.nn.softmax(jnp.stack(lses), axis=0)
-  return sum(
-    output * share[..., None]
-    for (output, _), share in zip(parts, shares, strict=False)
-  )

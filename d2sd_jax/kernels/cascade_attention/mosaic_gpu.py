@@ -1,0 +1,311 @@
+"""Cascade attention on Hopper: the operands, the plan and the merge.
+
+`mosaic_gpu_kernel` reads the prefix once for all nodes of a row and attends to
+their own tree too. It has no gradient of its own: XLA's serves.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+
+from d2sd_jax.errors import require
+from d2sd_jax.kernels.cascade_attention import xla
+from d2sd_jax.kernels.device import target_device
+from d2sd_jax.typing import Array
+
+# Whether a measurement has shown this to win where `default_implementation`
+# would pick it. Not yet: it has never run on a GPU.
+MEASURED_TO_WIN = False
+DTYPES = ("bfloat16", "float16")
+HEAD_SIZES = (64, 128)
+# Rows of a tile in shared memory; arrays are whole tiles, or less than one.
+TILE = 8
+# Of an H100 or H200 (SXM): streaming multiprocessors, and what shared memory
+# one block can have.
+MULTIPROCESSORS = 132
+SHARED_MEMORY = 227 * 1024
+
+
+def why_not(
+  query: Array, prefix_keys: Array, local_keys: Array | None = None
+) -> tuple[str, str, str] | None:
+  """What keeps the kernel from these operands, as (field, value, expected).
+
+  Args:
+    query: as for `api.cascade_attention`.
+    prefix_keys: as for `api.cascade_attention`.
+    local_keys: as for `api.cascade_attention`; `None`: of `query`'s dtype.
+  """
+  arrays = query, prefix_keys, query if local_keys is None else local_keys
+  dtypes = {x.dtype.name for x in arrays}
+  if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+    # The tensor cores' float32 is TF32; ours means float32.
+    return "dtype", "/".join(sorted(dtypes)), f"{' or '.join(DTYPES)} alone"
+  if query.shape[-1] not in HEAD_SIZES:
+    sizes = " or ".join(map(str, HEAD_SIZES))
+    return "head size", str(query.shape[-1]), sizes
+  size = prefix_keys.shape[2]
+  if size > TILE and size % TILE:
+    # Others would have to be copied into a larger cache each time.
+    return "cache rows", str(size), f"a multiple of {TILE}"
+  return None
+
+
+def is_available() -> bool:
+  """Whether the default device is a Hopper GPU, and JAX new enough for it."""
+  capability = str(getattr(target_device(), "compute_capability", ""))
+  return capability.startswith("9.") and has_kernels()
+
+
+def has_kernels() -> bool:
+  """Whether this JAX has the Pallas Mosaic GPU the kernel is written in."""
+  return jax.version.__version_info__ >= (0, 11)
+
+
+def cascade_attention(
+  query,
+  prefix_keys,
+  prefix_values,
+  local_keys,
+  local_values,
+  *,
+  prefix_end,
+  prefix_start,
+  local_mask,
+  sinks,
+  plan=None,
+  interpret=None,
+):
+  """See `api.cascade_attention`; 16-bit operands, head size 64 or 128, Hopper.
+
+  Not float32: its products would be TF32, and float32 means float32 here. XLA
+  computes those.
+
+  Args:
+    query: as for `api.cascade_attention`.
+    prefix_keys: as for `api.cascade_attention`.
+    prefix_values: as for `api.cascade_attention`.
+    local_keys: as for `api.cascade_attention`.
+    local_values: as for `api.cascade_attention`.
+    prefix_end: [B, G].
+    prefix_start: as for `api.cascade_attention`.
+    local_mask: bool [#B, #G, R, R].
+    sinks: as for `api.cascade_attention`.
+    plan: a `mosaic_gpu_kernel.Plan`; `None` chooses one by the shapes.
+    interpret: `InterpretGPUParams` runs the kernel on a CPU.
+
+  Raises:
+    UsageError: dtype, head size, JAX or device do not allow the kernel.
+  """
+  name = "implementation='mosaic_gpu' with "
+  if problem := why_not(query, prefix_keys, local_keys):
+    field, value, expected = problem
+    require(False, name + field, value, expected)
+  require(has_kernels(), name + "jax", jax.__version__, "0.11 or newer")
+  if interpret is None:
+    expected = "an NVIDIA GPU of compute capability 9.x for it"
+    require(is_available(), "implementation", "mosaic_gpu", expected)
+  arrays = query, prefix_keys, prefix_values, local_keys, local_values, sinks
+  options = prefix_end, prefix_start, local_mask
+  return _attend(plan, interpret, arrays, options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, interpret, arrays, options):
+  # Pallas Mosaic is imported where it runs: few do, and it moves fast.
+  from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel as kernel
+
+  query, prefix_keys, prefix_values, local_keys, local_values, sinks = arrays
+  prefix_end, prefix_start, local_mask = options
+  batch, groups, nodes, heads, head_dim = query.shape
+  kv_heads, size = prefix_keys.shape[1:3]
+  share = heads // kv_heads
+  rows = groups * nodes * share
+  query = rearrange(query, "b g r (j n) h -> b j (g r n) h", n=share)
+  if plan is None:
+    plan = choose_plan(rows, batch * kv_heads, size, head_dim)
+  if interpret is not None:
+    plan = dataclasses.replace(plan, registers=False)
+  if size == 0:
+    # The kernel wants some cache to point to; it reads none of it.
+    prefix_keys = prefix_values = jnp.zeros(
+      (batch, kv_heads, 8, head_dim), query.dtype
+    )
+  merged = plan.splits == 1 and sinks is None
+  local = lambda x: _to_tiles(rearrange(x, "b g r j h -> b (g r) j h"), 1)
+  visible = _visible(prefix_end, prefix_start, local_mask, nodes, share, plan)
+  outputs = kernel.attend(
+    kernel.Operands(
+      _to_tiles(query, 2),
+      prefix_keys,
+      prefix_values,
+      local(local_keys),
+      local(local_values),
+      *visible,
+    ),
+    plan,
+    windowed=prefix_start is not None,
+    merged=merged,
+    interpret=interpret,
+  )
+  if not merged:
+    outputs = _merge(*outputs, _per_row(sinks, kv_heads, plan.rows))
+  outputs = outputs[:, :, :rows].astype(query.dtype)
+  return rearrange(outputs, "b j (g r n) h -> b g r (j n) h", g=groups, n=share)
+
+
+def _forward(plan, interpret, arrays, options):
+  return _attend(plan, interpret, arrays, options), (arrays, options)
+
+
+def _backward(plan, interpret, saved, cotangent):
+  *arrays, sinks = saved[0]
+  prefix_end, prefix_start, local_mask = saved[1]
+
+  def attend(arrays, sinks):
+    return xla.cascade_attention(
+      *arrays,
+      prefix_end=prefix_end,
+      prefix_start=prefix_start,
+      local_mask=local_mask,
+      sinks=sinks,
+    )
+
+  arrays, sinks = jax.vjp(attend, arrays, sinks)[1](cotangent)
+  return (*arrays, sinks), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
+  """The plan for operands of these sizes on a whole H100 or H200.
+
+  Args:
+    rows: query rows of one batch row and key head: nodes times group heads.
+    pairs: batch rows times key heads.
+    size: rows of the cache; how many of them are used is not known yet.
+    head_dim: head size.
+  """
+  from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel as kernel
+
+  tiles = -(-rows // kernel.ROWS)
+  # Each warpgroup's share of the registers is just enough for three of them.
+  blocks = -(-tiles // 3)
+  warpgroups = -(-tiles // blocks)
+  # With many blocks, two fit one multiprocessor and hide each other's waits.
+  many = warpgroups == 1 and pairs * blocks >= 2 * MULTIPROCESSORS
+  block_keys = 64 if many or warpgroups == 3 else 128
+  steps = max(-(-size // block_keys), 1)
+  stages = most_stages(warpgroups, block_keys, head_dim, 2 if many else 1)
+  stages = min(stages, 6, max(2, steps + 1))
+  return kernel.Plan(
+    warpgroups=warpgroups,
+    blocks=blocks,
+    block_keys=block_keys,
+    stages=stages,
+    splits=_splits(pairs * blocks, steps),
+  )
+
+
+def most_stages(
+  warpgroups: int, block_keys: int, head_dim: int, resident: int = 1
+) -> int:
+  """Stages of 16-bit keys and values that fit in shared memory.
+
+  Args:
+    warpgroups: tiles of 64 query rows in a block.
+    block_keys: keys in a stage.
+    head_dim: head size.
+    resident: blocks on one multiprocessor at once.
+  """
+  # Of it, a little is for barriers, logarithms and the system.
+  room = SHARED_MEMORY // resident - 2560 - warpgroups * 64 * head_dim * 2
+  return room // (4 * block_keys * head_dim)
+
+
+def _splits(blocks: int, steps: int) -> int:
+  """Splits of a prefix of so many steps, for the least time by a simple count.
+
+  A wave of blocks takes the steps of a split, and about as long as two more to
+  begin and to end; what splits leave behind takes time to merge.
+  """
+
+  def time(splits):
+    waves = -(-blocks * splits // MULTIPROCESSORS)
+    merge = 1 + splits / 8 if splits > 1 else 0
+    return waves * (-(-steps // splits) + 2) + merge
+
+  return min(range(1, min(steps, 32) + 1), key=time)
+
+
+def _to_tiles(x, axis):
+  """Pads an axis to what the copy engine takes: whole tiles, or part of one."""
+  missing = -x.shape[axis] % TILE if x.shape[axis] > TILE else 0
+  return jnp.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)])
+
+
+def _visible(prefix_end, prefix_start, local_mask, nodes, share, plan):
+  """`Operands.bounds` and `.rows`: what each query row sees."""
+  batch, groups = prefix_end.shape
+  ends = repeat(prefix_end, "b g -> b (g r)", r=nodes)
+  starts, bounds = jnp.zeros_like(ends), [jnp.zeros_like(ends[:, 0])] * 2
+  if prefix_start is not None:
+    starts = jnp.maximum(rearrange(prefix_start, "b g r -> b (g r)"), 0)
+    bounds = [starts.min(1), starts.max(1)]
+  bounds += [prefix_end.min(1), prefix_end.max(1)]
+  words = _words(local_mask, groups, plan.block_keys)
+  words = jnp.broadcast_to(words, (batch, *words.shape[1:]))
+  rows = [starts[:, None], ends[:, None], words]
+  rows = [x.astype(jnp.int32) for x in rows]
+  rows = repeat(jnp.concatenate(rows, 1), "b i r -> b i (r n)", n=share)
+  missing = plan.rows - rows.shape[2]
+  rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing)))
+  return jnp.stack(bounds, 1).astype(jnp.int32), rows
+
+
+def _words(local_mask, groups, block_keys):
+  """The keys each node sees, 32 to a word: int32 [#B, words, G * R]."""
+  nodes = local_mask.shape[-1]
+  if groups > 1:
+    same = jnp.eye(groups, dtype=bool)[:, None, :, None]
+    local_mask = local_mask[:, :, :, None, :] & same
+    local_mask = rearrange(local_mask, "b g i k j -> b (g i) (k j)")
+  else:
+    local_mask = local_mask[:, 0]
+  missing = -groups * nodes % block_keys
+  bits = jnp.pad(local_mask, ((0, 0), (0, 0), (0, missing)))
+  bits = rearrange(bits, "b i (w k) -> b w i k", k=32).astype(jnp.uint32)
+  words = (bits << jnp.arange(32, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+  return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+
+def _per_row(sinks, kv_heads, rows):
+  """Base-2 sinks of a key head's rows: float32 [J, rows], or `None`."""
+  if sinks is None:
+    return None
+  sinks = rearrange(sinks, "(j n) -> j n", j=kv_heads).astype(jnp.float32)
+  share = sinks.shape[1]
+  sinks = jnp.tile(sinks, (1, -(-rows // share)))[:, :rows]
+  return sinks * math.log2(math.e)
+
+
+def _merge(outputs, logs, sinks):
+  """The splits' outputs as one, weighted by e^{l - m} (Sec. 3.3).
+
+  Written split by split and for every output, so that XLA makes one kernel of
+  it, which reads each split once.
+  """
+  splits = range(outputs.shape[0])
+  tops = [logs[i] for i in splits] + ([] if sinks is None else [sinks])
+  tops = [jnp.broadcast_to(x[..., None], outputs.shape[1:]) for x in tops]
+  top = functools.reduce(jnp.maximum, tops)
+  weights = [jnp.exp2(x - top) for x in tops]
+  total = functools.reduce(jnp.add, weights)
+  terms = [outputs[i] * weights[i] for i in splits]
+  return functools.reduce(jnp.add, terms) / total

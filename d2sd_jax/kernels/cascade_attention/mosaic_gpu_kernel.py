@@ -1,0 +1,482 @@
+"""The Hopper kernel of cascade attention, in Pallas Mosaic GPU.
+
+One block serves up to three tiles of 64 query rows, one tile a warpgroup, of
+one batch row and key head. Another warpgroup streams keys and values through
+shared memory, so that all the block's tiles share one read of the cache, and
+reads no tile past the length. A long prefix is cut into splits, one block
+each; the last split also attends to the local keys. Whatever splits leave is
+merged by their log-sum-exp, in float32.
+
+Logarithms here are base 2: `exp2` is one instruction, `exp` is two.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from d2sd_jax.typing import Array
+
+# A wgmma takes 64 rows.
+ROWS = 64
+MASK_BITS = 32
+# Far below any real score. The running maximum starts above what a masked
+# score becomes, so that a masked score always weighs exactly nothing.
+UNSEEN = -1e30
+LOWEST = -1e28
+# Registers of a thread: what loads gives up, what computes gets, by the number
+# of computing warpgroups. One alone has enough as it is.
+_REGISTERS = {2: (40, 232), 3: (32, 160)}
+
+_FLOAT_TILE = plgpu.Layout.WGMMA
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the work is cut.
+
+  Attributes:
+    warpgroups: tiles of 64 query rows in a block.
+    blocks: blocks that share the query rows of one batch row and key head.
+    block_keys: keys in a step; a multiple of 64.
+    stages: steps whose keys and values are in shared memory at once.
+    splits: parts of the prefix.
+    registers: whether probabilities go to the tensor cores from registers, as
+      they should, or through shared memory, as Pallas' interpreter needs it.
+  """
+
+  warpgroups: int
+  blocks: int
+  block_keys: int
+  stages: int
+  splits: int
+  registers: bool = True
+
+  @property
+  def rows(self) -> int:
+    """Query rows of one batch row and key head, padding included."""
+    return self.blocks * self.warpgroups * ROWS
+
+
+class Operands(NamedTuple):
+  """The arrays the kernel reads.
+
+  Attributes:
+    query: [B, J, rows, H], not padded.
+    prefix_keys: [B, J, S, H].
+    prefix_values: as `prefix_keys`.
+    local_keys: [B, R, J, H], R nodes of all groups.
+    local_values: as `local_keys`.
+    bounds: int32 [B, 4]: the least start, the largest start, the least end
+      and the largest end of any row's prefix.
+    rows: int32 [B, 2 + words, Plan.rows]: start and end of each row's prefix,
+      then the local keys it sees, 32 to a word, the first the lowest bit.
+  """
+
+  query: Array
+  prefix_keys: Array
+  prefix_values: Array
+  local_keys: Array
+  local_values: Array
+  bounds: Array
+  rows: Array
+
+
+class _Scratch(NamedTuple):
+  """Shared memory of a block, and its barriers."""
+
+  query: Any
+  keys: Any
+  values: Any
+  weights: Any
+  logs: Any
+  query_ready: Any
+  keys_ready: Any
+  values_ready: Any
+  keys_free: Any
+  values_free: Any
+  cleaned: Any
+
+
+class _Steps(NamedTuple):
+  """Steps of one block: `local`, then prefix tiles `[first, last)`.
+
+  Tiles in `[whole, partial)` are seen whole by every row.
+  """
+
+  local: Array
+  first: Array
+  whole: Array
+  partial: Array
+  last: Array
+
+
+def attend(
+  operands: Operands,
+  plan: Plan,
+  *,
+  windowed: bool,
+  merged: bool,
+  interpret: Any = None,
+) -> Any:
+  """Runs the kernel.
+
+  Args:
+    operands: what it reads.
+    plan: how the work is cut.
+    windowed: whether some row's prefix starts after 0.
+    merged: with one split only: whether to return the output itself.
+    interpret: `plgpu.InterpretGPUParams` runs it on a CPU.
+
+  Returns:
+    `merged`: the output [B, J, rows, H] in the operands' dtype. Otherwise each
+    split's own output [splits, B, J, Plan.rows, H] and base-2 log-sum-exp
+    [splits, B, J, Plan.rows], both float32; a row that a split shows nothing
+    has zeros, and `UNSEEN`.
+  """
+  batch, heads, rows, head_dim = operands.query.shape
+  shape = jax.ShapeDtypeStruct
+  if merged:
+    out_type: Any = shape((batch, heads, rows, head_dim), operands.query.dtype)
+  else:
+    split = (plan.splits, batch, heads, plan.rows)
+    out_type = [
+      shape((*split, head_dim), jnp.float32),
+      shape(split, jnp.float32),
+    ]
+  run = plgpu.kernel(
+    functools.partial(_block, plan=plan, windowed=windowed, merged=merged),
+    out_type=out_type,
+    scratch_types=_scratch(plan, operands.query.dtype, head_dim),
+    grid=(batch, heads, plan.splits, plan.blocks),
+    grid_names=("batch", "head", "split", "block"),
+    num_threads=plan.warpgroups + 1,
+    thread_name="warpgroup",
+    # A row lies within a warp: its sums need no shared memory.
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=0
+    ),
+    interpret=interpret,
+  )
+  return run(*operands)
+
+
+def _scratch(plan, dtype, head_dim):
+  swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+  tiles = lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled)
+  stage = plan.stages, plan.block_keys, head_dim
+  barriers = lambda count, arrivals=1: plgpu.Barrier(
+    num_arrivals=arrivals, num_barriers=count
+  )
+  groups = plan.warpgroups
+  weights = None if plan.registers else tiles(groups, ROWS, plan.block_keys)
+  return _Scratch(
+    query=tiles(groups, ROWS, head_dim),
+    keys=tiles(*stage),
+    values=tiles(*stage),
+    weights=weights,
+    logs=plgpu.SMEM((groups, ROWS), jnp.float32),
+    query_ready=barriers(groups),
+    keys_ready=barriers(plan.stages),
+    values_ready=barriers(plan.stages),
+    keys_free=barriers(plan.stages, groups),
+    values_free=barriers(plan.stages, groups),
+    cleaned=barriers(1, groups),
+  )
+
+
+def _block(*refs, plan, windowed, merged):
+  """Body of one block; its last warpgroup loads, the others compute."""
+  count = len(Operands._fields)
+  operands = Operands(*refs[:count])
+  outputs = refs[count : count + (1 if merged else 2)]
+  scratch = _Scratch(*refs[count + len(outputs) :])
+  warpgroup = lax.axis_index("warpgroup")
+  steps = _steps(operands, plan, windowed)
+
+  fewer, more = _REGISTERS.get(plan.warpgroups, (None, None))
+
+  @pl.when(warpgroup == plan.warpgroups)
+  def _load():
+    if fewer:
+      plgpu.set_max_registers(fewer, action="decrease")
+    _load_tiles(operands, scratch, steps, plan)
+
+  @pl.when(warpgroup < plan.warpgroups)
+  def _compute():
+    if more:
+      plgpu.set_max_registers(more, action="increase")
+    _Tile(operands, scratch, plan, windowed).run(steps, outputs)
+
+
+def _steps(operands, plan, windowed):
+  """What this block's split holds of the prefix, as tiles of keys."""
+  batch, split = lax.axis_index("batch"), lax.axis_index("split")
+  width = jnp.int32(plan.block_keys)
+  up = lambda x: lax.div(x + (width - 1), width)
+  low, most_low, least_high, high = (
+    operands.bounds[batch, i] for i in range(4)
+  )
+  low = lax.div(low, width) if windowed else jnp.int32(0)
+  high = up(high)
+  share = lax.div(high - low + (plan.splits - 1), jnp.int32(plan.splits))
+  share = jnp.maximum(share, 0)
+  first = jnp.minimum(low + split * share, high)
+  last = jnp.minimum(first + share, high)
+  whole = jnp.clip(up(most_low), first, last) if windowed else first
+  partial = jnp.clip(lax.div(least_high, width), whole, last)
+  local = pl.cdiv(operands.local_keys.shape[1], plan.block_keys)
+  # The last split has the fewest tiles.
+  local = jnp.where(split == plan.splits - 1, local, 0)
+  return _Steps(local, first, whole, partial, last)
+
+
+def _load_tiles(operands, scratch, steps, plan):
+  """Streams the block's tiles: a slot is filled again once all have read it."""
+  batch, head = lax.axis_index("batch"), lax.axis_index("head")
+  width = plan.block_keys
+
+  def load(step, keys, values):
+    slot = lax.rem(step, jnp.int32(plan.stages))
+
+    def fill(source, target, ready, free):
+      @pl.when(step >= plan.stages)
+      def _wait():
+        plgpu.barrier_wait(free.at[slot])
+
+      plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+
+    fill(keys, scratch.keys, scratch.keys_ready, scratch.keys_free)
+    fill(values, scratch.values, scratch.values_ready, scratch.values_free)
+
+  @pl.loop(0, steps.local)
+  def _local(step):
+    nodes = pl.ds(step * width, width)
+    load(
+      step,
+      operands.local_keys.at[batch, nodes, head],
+      operands.local_values.at[batch, nodes, head],
+    )
+
+  @pl.loop(steps.first, steps.last)
+  def _prefix(tile):
+    cached = pl.ds(tile * width, width)
+    load(
+      steps.local + tile - steps.first,
+      operands.prefix_keys.at[batch, head, cached],
+      operands.prefix_values.at[batch, head, cached],
+    )
+
+  # Nothing is left unheard, as the interpreter of jax 0.11 wants it.
+  total = steps.local + steps.last - steps.first
+
+  @pl.loop(jnp.maximum(total - plan.stages, 0), total)
+  def _drain(step):
+    slot = lax.rem(step, jnp.int32(plan.stages))
+    plgpu.barrier_wait(scratch.keys_free.at[slot])
+    plgpu.barrier_wait(scratch.values_free.at[slot])
+
+
+class _Tile:
+  """One warpgroup's 64 query rows, attending to tile after tile of keys.
+
+  Its state is the output so far [64, H], not yet divided; the largest score so
+  far [64], times log2(e); and the sum of weights so far [64].
+  """
+
+  def __init__(self, operands, scratch, plan, windowed):
+    self.operands, self.scratch, self.plan = operands, scratch, plan
+    self.windowed = windowed
+    self.dtype = operands.query.dtype
+    self.head_dim = operands.query.shape[-1]
+    self.scale = math.log2(math.e) / math.sqrt(self.head_dim)
+    self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
+    self.warpgroup = lax.axis_index("warpgroup")
+    block = lax.axis_index("block")
+    row = (block * plan.warpgroups + self.warpgroup) * ROWS
+    self.rows = pl.ds(row, ROWS)
+
+  def run(self, steps, outputs):
+    """Attends to all of `steps` and writes what the block leaves."""
+    ready = self.scratch.query_ready.at[self.warpgroup]
+    plgpu.copy_gmem_to_smem(
+      self.operands.query.at[self.batch, self.head, self.rows],
+      self.scratch.query.at[self.warpgroup],
+      ready,
+    )
+    plgpu.barrier_wait(ready)
+    state = (
+      _full((ROWS, self.head_dim), 0.0, _FLOAT_TILE),
+      _full((ROWS,), LOWEST, _ROW),
+      _full((ROWS,), 0.0, _ROW),
+    )
+    state = lax.fori_loop(0, steps.local, self._local, state)
+    prefix = functools.partial(self._prefix, steps.local - steps.first)
+    masked = functools.partial(prefix, True)
+    if self.windowed:
+      state = lax.fori_loop(steps.first, steps.whole, masked, state)
+    state = lax.fori_loop(
+      steps.whole, steps.partial, functools.partial(prefix, False), state
+    )
+    state = lax.fori_loop(steps.partial, steps.last, masked, state)
+    self._write(outputs, *state)
+
+  def _local(self, step, state):
+    """The local keys; those a row may not see are cleared in its words."""
+    return self._attend(state, step, lambda: self._local_mask(step))
+
+  def _prefix(self, shift, masked, tile, state):
+    """A tile of the prefix, the `shift + tile`-th step of this block."""
+    if not masked:
+      return self._attend(state, shift + tile, None)
+    # Weights of 0 would still make nan of what is not finite.
+    end = self.operands.bounds[self.batch, 3]
+    seen = end - tile * self.plan.block_keys
+    return self._attend(
+      state, shift + tile, lambda: self._prefix_mask(tile), seen
+    )
+
+  def _attend(self, state, step, mask, seen=None):
+    """One tile: scores, online softmax, values (Sec. 3.3's merge, unrolled).
+
+    Args:
+      state: of this tile of rows.
+      step: of this block; says where the tile lies in shared memory.
+      mask: makes the mask [64, block_keys]; `None` sees all.
+      seen: rows of the tile from here on hold nothing; `None`: all hold some.
+    """
+    output, top, total = state
+    scratch = self.scratch
+    slot = lax.rem(step, jnp.int32(self.plan.stages))
+    if seen is not None:
+      # First of all, while few registers are in use.
+      plgpu.barrier_wait(scratch.values_ready.at[slot])
+      self._clean(slot, seen)
+    plgpu.barrier_wait(scratch.keys_ready.at[slot])
+    scores = _product(
+      scratch.query.at[self.warpgroup],
+      scratch.keys.at[slot].transpose((1, 0)),
+      (ROWS, self.plan.block_keys),
+    )
+    plgpu.barrier_arrive(scratch.keys_free.at[slot])
+    if mask is not None:
+      scores = jnp.where(mask(), scores, UNSEEN)
+    new_top = jnp.maximum(top, scores.max(axis=1) * self.scale)
+    weights = jnp.exp2(scores * self.scale - _across(new_top, scores.shape))
+    decay = jnp.exp2(top - new_top)
+    total = total * decay + weights.sum(axis=1)
+    output = output * _across(decay, output.shape)
+    if seen is None:
+      plgpu.barrier_wait(scratch.values_ready.at[slot])
+    output = self._weigh(output, weights.astype(self.dtype), slot)
+    plgpu.barrier_arrive(scratch.values_free.at[slot])
+    return output, new_top, total
+
+  def _weigh(self, output, weights, slot):
+    """Adds the weighted values."""
+    values = self.scratch.values.at[slot]
+    if self.plan.registers:
+      add = lambda sums: plgpu.wgmma(sums, weights, values)
+      return pl.run_state(add)(plgpu.ACC.init(output))
+    shared = self.scratch.weights.at[self.warpgroup]
+    shared[...] = weights
+    plgpu.commit_smem()
+    return output + _product(shared, values, output.shape)
+
+  def _clean(self, slot, seen):
+    """Zeroes the values of a tile from row `seen` on."""
+
+    @pl.when(seen < self.plan.block_keys)
+    def _partial():
+      @pl.when(self.warpgroup == 0)
+      def _zero():
+        for row in range(0, self.plan.block_keys, ROWS):
+          values = self.scratch.values.at[slot, pl.ds(row, ROWS)]
+          shape = (ROWS, self.head_dim)
+          held = _iota(shape, 0) < seen - row
+          kept = plgpu.load(values, layout=_FLOAT_TILE)
+          values[...] = jnp.where(held, kept, jnp.zeros((), self.dtype))
+        plgpu.commit_smem()
+
+      if self.plan.warpgroups > 1:
+        plgpu.barrier_arrive(self.scratch.cleaned)
+        plgpu.barrier_wait(self.scratch.cleaned)
+
+  def _row(self, index):
+    """A line of `Operands.rows`, of this tile's rows."""
+    line = self.operands.rows.at[self.batch, index, self.rows]
+    return plgpu.load(line, layout=_ROW, optimized=False)
+
+  def _prefix_mask(self, tile):
+    shape = (ROWS, self.plan.block_keys)
+    # Rows move by the tile, not keys: that keeps fewer registers alive.
+    row = lambda index: _across(
+      self._row(index) - tile * self.plan.block_keys, shape
+    )
+    mask = _iota(shape, 1) < row(1)
+    if self.windowed:
+      mask = mask & (_iota(shape, 1) >= row(0))
+    return mask
+
+  def _local_mask(self, step):
+    shape = (ROWS, self.plan.block_keys)
+    words = self.plan.block_keys // MASK_BITS
+    key = _iota(shape, 1)
+    mask = jnp.int32(0)
+    for i in range(words):
+      word = _across(self._row(2 + step * words + i), shape)
+      mask = jnp.where(key >= i * MASK_BITS, word, mask)
+    bit = lax.shift_right_logical(mask, key & (MASK_BITS - 1)) & 1
+    return bit != 0
+
+  def _write(self, outputs, output, top, total):
+    """Writes the output, or the output and log-sum-exp of the split."""
+    some = total > 0
+    inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
+    output = output * _across(inverse, output.shape)
+    if len(outputs) == 1:
+      # No product reads the query any more. What lies past the last row is
+      # not written.
+      shared = self.scratch.query.at[self.warpgroup]
+      shared[...] = output.astype(self.dtype)
+      plgpu.commit_smem()
+      target = outputs[0].at[self.batch, self.head, self.rows]
+      plgpu.copy_smem_to_gmem(shared, target)
+    else:
+      at = lax.axis_index("split"), self.batch, self.head, self.rows
+      outputs[0].at[at][...] = output
+      logs = self.scratch.logs.at[self.warpgroup]
+      logs[...] = jnp.where(some, top + jnp.log2(total), UNSEEN)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(logs, outputs[1].at[at])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _product(left, right, shape):
+  """The float32 product of two tiles in shared memory."""
+
+  def multiply(sums):
+    plgpu.wgmma(sums, left, right)
+    return sums[...]
+
+  return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+
+def _full(shape, value, layout):
+  return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def _iota(shape, axis):
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_FLOAT_TILE)
+
+
+def _across(column, shape):
+  """A value a row, for all columns."""
+  return lax.broadcast_in_dim(column, shape, [0])

@@ -1,0 +1,67 @@
+"""Which device a program is traced for, and whether TPU kernels run there."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+from d2sd_jax.typing import Array
+
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+def target_device() -> jax.Device:
+  """The device that what is being traced will run on.
+
+  That is JAX's default device. `with jax.default_device(device)` makes it
+  another, also one of a topology that is not there: so programs are compiled
+  ahead of time.
+  """
+  chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+  if chosen is None or isinstance(chosen, str):
+    return jax.devices(chosen)[0]
+  return chosen
+
+
+def runs_tpu_kernels() -> bool:
+  """Whether a Pallas TPU kernel can run where this is traced."""
+  return _interpreted.get() or target_device().platform == "tpu"
+
+
+def in_hbm(x: Array) -> Array:
+  """Keeps a kernel's operand in main memory, read block by block.
+
+  Left alone, XLA may fetch all of a cache into a TPU's VMEM ahead of a kernel
+  that needs a few blocks of it.
+  """
+  return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def is_transposed(head_dim: int) -> bool:
+  """Whether a TPU holds a cache `[B, J, S, H]` with S innermost.
+
+  Its arrays are tiled by 128 in the innermost dimension, and XLA chooses the
+  order that wastes less. Kernels must read a cache as it lies, or it is copied.
+
+  Args:
+    head_dim: H.
+  """
+  return head_dim % 128 != 0
+
+
+@contextlib.contextmanager
+def tpu_interpreter(params: pltpu.InterpretParams) -> Iterator[None]:
+  """Runs the TPU kernels that are traced inside on a CPU, slowly.
+
+  Args:
+    params: of Pallas's interpreter, which plays the TPU's memories and DMAs.
+  """
+  token = _interpreted.set(True)
+  try:
+    # It is part of the key of every `jit`, so traces are not shared.
+    with pltpu.force_tpu_interpret_mode(params):
+      yield
+  finally:
+    _interpreted.reset(token)

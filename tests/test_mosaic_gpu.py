@@ -1,0 +1,317 @@
+"""The Hopper kernel, in Pallas's interpreter and as far as it lowers here."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from d2sd_jax import UsageError, cascade_attention
+from d2sd_jax.kernels.cascade_attention import (
+  CAUSAL,
+  IMPLEMENTATIONS,
+  mosaic_gpu,
+)
+from d2sd_jax.kernels.cascade_attention.api import default_implementation
+
+# Pallas's GPU interpreter came with jax 0.11, and that wants Python 3.12.
+needs_kernels = pytest.mark.skipif(
+  not mosaic_gpu.has_kernels(), reason="needs jax 0.11 or newer"
+)
+
+
+def _inputs(
+  *, batch=3, groups=1, nodes=5, share=3, kv_heads=1, size=136, dim=64
+):
+  """Random bfloat16 operands, a random local mask, rows of many lengths."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: np.array(
+    jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+  )
+  arrays = [
+    draw(batch, groups, nodes, kv_heads * share, dim),
+    draw(batch, kv_heads, size, dim),
+    draw(batch, kv_heads, size, dim),
+    draw(batch, groups, nodes, kv_heads, dim),
+    draw(batch, groups, nodes, kv_heads, dim),
+  ]
+  mask = rng.random((batch, groups, nodes, nodes)) < 0.5
+  mask |= np.eye(nodes, dtype=bool)
+  ends = np.array([size, min(size, 1), 0][:batch], np.int32)
+  return arrays, {"prefix_end": ends, "local_mask": mask}
+
+
+def _plan(warpgroups=1, blocks=1, block_keys=64, stages=2, splits=1):
+  from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel
+
+  return mosaic_gpu_kernel.Plan(warpgroups, blocks, block_keys, stages, splits)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """`run(arrays, options, plan)`, watching every access to memory for races.
+
+  On two cores the interpreter hangs with three warpgroups that compute.
+  """
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  def run(arrays, options, plan=None):
+    attend = functools.partial(
+      mosaic_gpu.cascade_attention,
+      plan=plan,
+      interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_gpu", attend)
+    as_jax = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    return cascade_attention(
+      *map(as_jax, arrays),
+      **{name: as_jax(x) for name, x in options.items()},
+      implementation="mosaic_gpu",
+    )
+
+  return run
+
+
+def _check(got, arrays, options):
+  """Against float64; bfloat16 rounds weights, values' sum and output."""
+  assert got.dtype == arrays[0].dtype
+  expected = oracles.cascade_attention(
+    *(x.astype(np.float64) for x in arrays), **options
+  )
+  np.testing.assert_allclose(
+    np.asarray(got, np.float64), expected, rtol=0.01, atol=0.01
+  )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("sizes", "plan"),
+  [
+    # Full, one key, empty; no split, then more splits than some have tiles.
+    ({}, {}),
+    ({"size": 200, "share": 1, "kv_heads": 2}, {"splits": 3, "stages": 3}),
+    # Local keys in more than one step; query tiles that no row fills.
+    ({"nodes": 70, "batch": 1}, {"warpgroups": 2, "blocks": 2}),
+    ({"nodes": 9, "share": 8, "dim": 128}, {"warpgroups": 2, "splits": 2}),
+    ({"nodes": 1, "share": 4, "batch": 2}, {"block_keys": 128}),
+    ({"size": 0, "batch": 1}, {}),
+  ],
+)
+def test_sizes_and_plans(interpreted, sizes, plan):
+  arrays, options = _inputs(**sizes)
+  _check(interpreted(arrays, options, _plan(**plan)), arrays, options)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("plan", "sinks"),
+  [
+    ({}, None),
+    ({"warpgroups": 2}, np.array([-2, 0.5, 3], np.float32)),
+    ({"splits": 2}, np.array([60, 0.5, 3], np.float32)),
+  ],
+)
+def test_groups_windows_and_sinks(interpreted, plan, sinks):
+  arrays, options = _inputs(groups=3, batch=2, size=200)
+  ends = np.array([[200, 33, 150], [0, 64, 1]], np.int32)
+  # Node i stands at end + i; node 4 sees nothing of the prefix.
+  starts = ends[:, :, None] + np.array([-300, -90, -64, -5, 0])
+  options |= {"prefix_end": ends, "prefix_start": starts.astype(np.int32)}
+  options["sinks"] = sinks
+  _check(interpreted(arrays, options, _plan(**plan)), arrays, options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("plan", [{}, {"warpgroups": 2, "splits": 2}])
+def test_what_lies_past_the_length_may_be_anything(interpreted, plan):
+  arrays, options = _inputs(size=200, batch=2, nodes=20)
+  options["prefix_end"] = np.array([70, 0], np.int32)
+  clean = np.asarray(interpreted(arrays, options, _plan(**plan)))
+  for b, end in enumerate(options["prefix_end"]):
+    arrays[1][b, :, end:] = arrays[2][b, :, end:] = np.nan
+  got = np.asarray(interpreted(arrays, options, _plan(**plan)))
+  np.testing.assert_array_equal(got, clean)
+
+
+@needs_kernels
+def test_nodes_that_see_nothing_are_zero_and_masks_may_be_named(interpreted):
+  arrays, options = _inputs(batch=2)
+  options["prefix_end"] = np.array([0, 136], np.int32)
+  options["local_mask"] = np.tri(5, dtype=bool)[None, None]
+  _check(interpreted(arrays, options | {"local_mask": CAUSAL}), arrays, options)
+  options["local_mask"] = options["local_mask"] & (np.arange(5) != 0)
+  got = np.asarray(interpreted(arrays, options))
+  assert not got[0, :, 0].any()
+  assert got[1, :, 0].any()
+
+
+@needs_kernels
+def test_the_gradient_is_that_of_xla(interpreted):
+  arrays, options = _inputs(batch=1, size=40)
+  options["sinks"] = np.array([-2, 0.5, 3], np.float32)
+
+  def loss(attend, arrays):
+    return (attend(arrays, options) ** 2).sum().astype(jnp.float32)
+
+  as_jax = {name: jnp.asarray(x) for name, x in options.items()}
+  plain = lambda arrays, _: cascade_attention(
+    *arrays, **as_jax, implementation="xla"
+  )
+  arrays = [jnp.asarray(x) for x in arrays]
+  got = jax.grad(functools.partial(loss, interpreted))(arrays)
+  for a, b in zip(
+    got, jax.grad(functools.partial(loss, plain))(arrays), strict=True
+  ):
+    np.testing.assert_allclose(
+      np.asarray(a, float), np.asarray(b, float), rtol=0.05, atol=0.05
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("splits", [1, 3, 7])
+def test_the_splits_share_the_tiles_that_hold_the_prefix(splits):
+  from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel
+
+  low, more, high, less = (
+    np.random.default_rng(splits).integers(0, [[700, 300, 700, 300]] * 200).T
+  )
+  bounds = np.stack([low, low + more, np.maximum(high - less, 0), high], 1)
+  operands = types.SimpleNamespace(
+    bounds=jnp.asarray(bounds), local_keys=np.zeros((200, 70, 1, 64))
+  )
+
+  @jax.jit
+  @functools.partial(jax.vmap, axis_name="split", axis_size=splits)
+  @functools.partial(jax.vmap, axis_name="batch", axis_size=200)
+  def steps():
+    plan = _plan(splits=splits)
+    return mosaic_gpu_kernel._steps(operands, plan, windowed=True)
+
+  local, first, whole, partial, last = map(np.asarray, steps())
+  assert (local == np.array([0] * (splits - 1) + [2])[:, None]).all()
+  for i, (low, most_low, least_high, high) in enumerate(bounds):
+    tiles = []
+    for split in range(splits):
+      held = [x[split, i] for x in (first, whole, partial, last)]
+      assert held == sorted(held)
+      tiles += range(held[0], held[3])
+      for tile in range(held[1], held[2]):
+        assert most_low <= tile * 64
+        assert (tile + 1) * 64 <= least_high
+    assert tiles == list(range(low // 64, -(-high // 64)))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("sizes", "options"),
+  [
+    ({"nodes": 16, "share": 4, "kv_heads": 8, "size": 8192, "dim": 128}, {}),
+    ({"nodes": 80, "share": 4, "kv_heads": 8, "size": 8192, "dim": 128}, {}),
+    ({"nodes": 1, "kv_heads": 3, "batch": 300, "size": 512}, {}),
+    ({"nodes": 9, "groups": 2, "share": 8, "size": 40}, {"windowed": True}),
+  ],
+)
+def test_it_lowers_for_cuda(monkeypatch, sizes, options):
+  monkeypatch.setattr(mosaic_gpu, "is_available", lambda: True)
+  shape = lambda sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
+  sizes = {"batch": 1, "groups": 1, "share": 3, "kv_heads": 1} | sizes
+  b, g, r, j = (sizes[k] for k in ("batch", "groups", "nodes", "kv_heads"))
+  h = sizes.get("dim", 64)
+  arrays = [shape((b, g, r, j * sizes["share"], h))]
+  arrays += [shape((b, j, sizes["size"], h))] * 2
+  arrays += [shape((b, g, r, j, h))] * 2
+  options = {
+    "prefix_end": shape((b, g), jnp.int32),
+    "prefix_start": shape((b, g, r), jnp.int32) if options else None,
+  }
+  attend = jax.jit(
+    functools.partial(cascade_attention, implementation="mosaic_gpu")
+  )
+  lowered = attend.trace(*arrays, **options).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu_v2" in lowered.as_text()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [3, 64, 65, 320, 512, 2048])
+@pytest.mark.parametrize(("pairs", "size"), [(8, 8192), (6144, 512), (64, 64)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
+  plan = mosaic_gpu.choose_plan(rows, pairs, size, dim)
+  assert rows <= plan.rows < rows + 3 * 64
+  assert 1 <= plan.splits <= max(size // plan.block_keys, 1)
+  assert plan.stages >= 2
+  shared = plan.stages * 4 * plan.block_keys + plan.warpgroups * 2 * 64
+  assert shared * dim < mosaic_gpu.SHARED_MEMORY - 2048
+
+
+@needs_kernels
+def test_plans_of_the_shapes_that_matter():
+  # One row: the prefix is split over the chip, the cache read once or twice.
+  plan = mosaic_gpu.choose_plan(64, 8, 8192, 128)
+  assert (plan.warpgroups, plan.blocks, plan.splits) == (1, 1, 16)
+  plan = mosaic_gpu.choose_plan(320, 8, 8192, 128)
+  assert (plan.warpgroups, plan.blocks, plan.splits) == (3, 2, 8)
+  # Many rows: no split, so nothing is merged.
+  assert mosaic_gpu.choose_plan(320, 64, 4096, 128).splits == 1
+  assert mosaic_gpu.choose_plan(3, 2048 * 3, 512, 64).splits == 1
+
+
+@pytest.mark.parametrize(
+  ("dtype", "dim", "size", "message"),
+  [
+    (jnp.float32, 64, 8, "dtype='float32': expected bfloat16 or float16"),
+    (jnp.bfloat16, 8, 8, "head size='8': expected 64 or 128"),
+    (jnp.bfloat16, 64, 11, "cache rows='11': expected a multiple of 8"),
+    (jnp.bfloat16, 64, 8, "compute capability 9.x|jax.*0.11 or newer"),
+  ],
+)
+def test_it_says_why_it_cannot_run(monkeypatch, dtype, dim, size, message):
+  cpu = types.SimpleNamespace(platform="cpu")
+  monkeypatch.setattr(jax, "devices", lambda *_: [cpu])
+  arrays, options = _inputs(dim=dim, size=size)
+  arrays = [jnp.asarray(x, dtype) for x in arrays]
+  with pytest.raises(UsageError, match=message):
+    cascade_attention(
+      *arrays,
+      prefix_end=jnp.asarray(options["prefix_end"]),
+      implementation="mosaic_gpu",
+    )
+
+
+def test_an_older_jax_is_named(monkeypatch):
+  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: False)
+  arrays, options = _inputs()
+  options = {name: jnp.asarray(x) for name, x in options.items()}
+  with pytest.raises(UsageError, match=r"jax='.*': expected 0.11 or newer"):
+    cascade_attention(
+      *map(jnp.asarray, arrays), **options, implementation="mosaic_gpu"
+    )
+
+
+@pytest.mark.parametrize(
+  ("measured", "capability", "dtype", "nodes", "size", "name"),
+  [
+    (True, "9.0", jnp.bfloat16, 80, 64, "mosaic_gpu"),
+    (True, "9.0", jnp.float16, 1, 64, "mosaic_gpu"),
+    (False, "9.0", jnp.bfloat16, 80, 64, "xla"),
+    (True, "8.0", jnp.bfloat16, 80, 64, "xla"),
+    (True, "10.0", jnp.bfloat16, 80, 64, "xla"),
+    (True, "9.0", jnp.float32, 80, 64, "xla"),
+    (True, "9.0", jnp.bfloat16, 80, 0, "xla"),
+    (True, "9.0", jnp.bfloat16, 80, 12, "xla"),
+    (True, "9.0", jnp.bfloat16, 300, 64, "cudnn"),
+  ],
+)
+def test_the_default_on_hopper(
+  monkeypatch, measured, capability, dtype, nodes, size, name
+):
+  device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+  monkeypatch.setattr(jax, "devices", lambda *_: [device])
+  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: True)
+  monkeypatch.setattr(mosaic_gpu, "MEASURED_TO_WIN", measured)
+  query = jax.ShapeDtypeStruct((1, 1, nodes, 3, 64), dtype)
+  keys = jax.ShapeDtypeStruct((1, 1, size, 64), dtype)
+  assert default_implementation(query, keys) == name
