@@ -5,14 +5,21 @@ again (temperature, seed, filters) is a pytree: `d2sd_jax.sampling.Sampling`.
 """
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from d2sd_jax.errors import UsageError, require
 
-MODES = ("ar", "dflash", "d2sd")
+MODES = (
+  *("ar", "prompt_lookup", "dflash", "dflash_samples"),
+  *("reuse", "d2sd", "d2sd_3"),
+)
+COMPARED = ("ar", "dflash", "d2sd")
 DTYPES = ("float32", "bfloat16")
 ROLES = ("dflash", "vp_drafter")
+SLOT_WEIGHTINGS = ("exponential", "d_pace")
+OPTIMIZERS = ("adamw", "muon")
 _T = TypeVar("_T")
 
 
@@ -118,20 +125,27 @@ class DrafterConfig:
       )
 
 
-def default_target_layer_ids(num_layers: int, num_taps: int) -> tuple[int, ...]:
+def default_target_layer_ids(
+  num_layers: int, num_taps: int, field: str = "num_taps"
+) -> tuple[int, ...]:
   """Tapped layers: evenly from 1 to L-3, rounded half to even.
 
   `default_target_layer_ids(36, 5) == (1, 9, 17, 25, 33)`. A single tap is the
   middle layer, L // 2.
+
+  Args:
+    num_layers: L, of the target.
+    num_taps: how many layers to tap.
+    field: what an error calls the number of taps.
   """
   if num_taps == 1:
     return (num_layers // 2,)
   last = num_layers - 3
   require(
     1 < num_taps <= last,
-    "num_taps",
+    field,
     num_taps,
-    f"1 to {last} for a target of {num_layers} layers",
+    f"1 to {max(last, 1)} taps for a target of {num_layers} layers",
   )
   step = (last - 1) / (num_taps - 1)
   return tuple(round(1 + step * i) for i in range(num_taps))
@@ -185,14 +199,22 @@ class TreeConfig:
     return self.second_block_size or self.block_size
 
   @property
-  def num_nodes(self) -> int:
-    """Nodes R of the tree: the budget, or the most that can ever be used.
+  def most_nodes(self) -> int:
+    """The most nodes that a trunk and K branches can ever use.
 
     Branch i hangs `branch_size - 1 - i` nodes under trunk node i; the K
     branches are distinct, so at most the K longest suffixes occur together.
     """
     suffixes = (self.branch_size - 1 - i for i in range(self.num_branches))
-    most = self.block_size + sum(suffixes)
+    return self.block_size + sum(suffixes)
+
+  @property
+  def num_nodes(self) -> int:
+    """Nodes R of the tree: the budget, or the most that can ever be used."""
+    return self.within_budget(self.most_nodes)
+
+  def within_budget(self, most: int) -> int:
+    """The budget, where there is one and it is less than `most`."""
     return min(self.node_budget or most, most)
 
 
@@ -241,16 +263,6 @@ class DecodeConfig:
     ):
       require(ok, field, getattr(self, field), expected)
 
-  def tree(self, drafter_block_size: int) -> TreeConfig:
-    """The tree sizes; γ defaults to the block the drafter was trained with."""
-    return TreeConfig(
-      block_size=self.block_size or drafter_block_size,
-      num_branches=self.num_branches,
-      second_block_size=self.second_block_size,
-      node_budget=self.node_budget,
-      forbid_repeat=self.forbid_repeat,
-    )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -261,7 +273,10 @@ class TrainConfig:
     corpus, heldout: JSON lines of conversations the target answered.
     init_from: a drafter folder to start from instead of random weights.
     num_anchors: blocks trained at once in every sequence (A).
-    loss_decay: τ of the slot weights; `None` is the paper's for the block.
+    optimizer: `adamw`, or `muon`: orthogonalised updates of the matrices.
+    slot_weighting: `exponential`, by distance (Eq. 7), or `d_pace`, by the
+      accepted tokens that hang on a slot.
+    loss_decay: τ of exponential weights; `None` is the paper's for the block.
     prefix_decay: β of Eq. 6. min_prefix_length: 0 as in the paper's Eq. 6,
       1 as in its released code.
     loss_normalizer: `batch`, one ratio over the global batch, or `example`,
@@ -281,10 +296,12 @@ class TrainConfig:
   max_length: int = 512
   batch_size: int = 64
   num_steps: int = 3000
+  optimizer: str = "adamw"
   learning_rate: float = 1e-3
   warmup_fraction: float = 0.04
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  slot_weighting: str = "exponential"
   loss_decay: float | None = None
   prefix_decay: float = 0.9
   min_prefix_length: int = 0
@@ -311,6 +328,16 @@ class TrainConfig:
         "max_length",
         self.max_length > self.block_size,
         f"more than block_size = {self.block_size}",
+      ),
+      (
+        "slot_weighting",
+        self.slot_weighting in SLOT_WEIGHTINGS,
+        f"one of {', '.join(SLOT_WEIGHTINGS)}",
+      ),
+      (
+        "optimizer",
+        self.optimizer in OPTIMIZERS,
+        f"one of {', '.join(OPTIMIZERS)}",
       ),
       ("learning_rate", 0 < self.learning_rate <= 1e3, "above 0, at most 1000"),
       ("warmup_fraction", 0 <= self.warmup_fraction < 1, "0 to below 1"),
@@ -364,8 +391,7 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
     require(abs(value) < 2**1000, f"config key {key}", "...", "a float")
     value = float(value)
   if isinstance(value, tuple):
-    whole = all(type(item) is int for item in value)
-    require(whole, f"config key {key}", value, "whole numbers")
+    value = _coerce_items(key, value, annotation)
   optional = value is None and isinstance(None, _classes(annotation))
   kinds = _classes(annotation)
   right = optional or (
@@ -374,6 +400,21 @@ def _coerce(key: str, value: Any, annotation: Any) -> Any:
   expected = " or ".join(k.__name__ for k in kinds)
   require(right, f"config key {key}", value, f"a value of type {expected}")
   return value
+
+
+def _coerce_items(
+  key: str, values: tuple[Any, ...], annotation: Any
+) -> tuple[Any, ...]:
+  """The items of a tuple as `tuple[T, ...]` wants them."""
+  members = (annotation, *typing.get_args(annotation))
+  tuples = [m for m in members if typing.get_origin(m) is tuple]
+  kind = typing.get_args(tuples[0])[0] if tuples else int
+  if kind is float:
+    values = tuple(float(v) if type(v) is int else v for v in values)
+  names = {int: "whole numbers", float: "numbers", str: "text"}
+  right = all(type(item) is kind for item in values)
+  require(right, f"config key {key}", values, names[kind])
+  return values
 
 
 def _classes(annotation: Any) -> tuple[type, ...]:

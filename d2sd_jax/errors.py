@@ -14,4 +14,12 @@ class UsageError(ValueError):
 def require(condition: bool, field: str, value: Any, expected: str) -> None:
   """Raises `UsageError("field=value: expected ...")` unless `condition`."""
   if not condition:
-    raise UsageError(f"{field}={value!r}: expected {expected}")
+    raise UsageError(f"{field}={_shown(value)}: expected {expected}")
+
+
+def _shown(value: Any) -> str:
+  """The value as Python writes it, where Python is willing to."""
+  try:
+    return repr(value)
+  except ValueError:  # an integer of thousands of digits
+    return "..."

@@ -1,11 +1,15 @@
 """Choosing tokens: temperature, top-k, top-p and position-keyed noise."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from d2sd_jax.typing import Array, Float, Int
+from d2sd_jax.typing import Array, Bool, Float, Int
+
+# Where the target folds in a sequence's index, which is below this.
+_DRAFT_STREAM = 2**31
 
 
 @jax.tree_util.register_dataclass
@@ -114,6 +118,50 @@ def position_noise(
   return jax.vmap(over_nodes)(sequence_ids, positions)
 
 
+def draft_key(seed: Int[Array, ""]) -> Int[Array, " words"]:
+  """Key data for drafts that are drawn, apart from all noise of the target's.
+
+  The words of the key, uint32: state fields are plain arrays.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), _DRAFT_STREAM)
+  return jax.random.key_data(key)
+
+
+def draft_samples(
+  logits: Float[Array, "B slots V"],
+  positions: Int[Array, "B slots"],
+  sequence_ids: Int[Array, " B"],
+  key_data: Int[Array, " words"],
+  count: int,
+) -> Int[Array, "B count slots"]:
+  """Independent draws from a drafter's marginals at temperature 1.
+
+  A draw depends on (seed, sequence, position, its number) and on no batch.
+
+  Args:
+    logits: a drafter's, of each slot.
+    positions: of each slot in its sequence.
+    sequence_ids: index of each row's prompt in the input.
+    key_data: see `draft_key`.
+    count: draws of every slot.
+
+  Returns:
+    int32 token ids.
+  """
+
+  key = jax.random.wrap_key_data(key_data)
+
+  def at(sequence_id, position, logits):
+    own = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
+    return jax.random.categorical(own, logits, shape=(count,))
+
+  over_slots = jax.vmap(at, in_axes=(None, 0, 0), out_axes=1)
+  drawn = jax.vmap(over_slots)(
+    sequence_ids, positions, logits.astype(jnp.float32)
+  )
+  return drawn.astype(jnp.int32)
+
+
 def filter_logits(
   logits: Float[Array, "... V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "... V"]:
@@ -131,41 +179,58 @@ def filter_logits(
   Returns:
     float32, `logits` with the dropped tokens at -inf.
   """
-  ranks = _sortable(logits)
-  count = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), 1)
-  enough = lambda kept: kept.sum(-1) >= count
-  floor = _largest_threshold(ranks, enough)
-  kept = (ranks >= floor[..., None]) | (top_k <= 0)
 
-  probabilities = jax.nn.softmax(logits, axis=-1, where=kept)
-  mass = lambda kept: jnp.where(kept, probabilities, 0).sum(-1)
-  # Rounding may leave the whole mass a little under 1: cap what is asked for.
-  wanted = jnp.minimum(top_p, mass(kept))
-  floor = _largest_threshold(ranks, lambda kept: mass(kept) >= wanted)
-  kept &= (ranks >= floor[..., None]) | (top_p >= 1)
-  kept |= ranks == ranks.max(-1, keepdims=True)
-  return jnp.where(kept, logits, -jnp.inf)
+  def keep_top_k(logits):
+    enough = lambda kept: kept.sum(-1) >= jnp.minimum(top_k, logits.shape[-1])
+    floor = _largest_threshold(logits, enough)
+    return jnp.where(logits >= floor[..., None], logits, -jnp.inf)
+
+  def keep_top_p(logits):
+    largest = logits.max(-1, keepdims=True)
+    total = jnp.exp(logits - largest).sum(-1, keepdims=True)
+
+    def mass(kept):
+      # Made anew in every pass: cheaper than one more array to read.
+      return jnp.where(kept, jnp.exp(logits - largest) / total, 0).sum(-1)
+
+    # Rounding may leave the whole mass a little under 1: cap what is asked.
+    wanted = jnp.minimum(top_p, mass(logits > -jnp.inf))
+    floor = _largest_threshold(logits, lambda kept: mass(kept) >= wanted)
+    kept = (logits >= floor[..., None]) | (logits == largest)
+    return jnp.where(kept, logits, -jnp.inf)
+
+  same = lambda logits: logits
+  logits = jax.lax.cond(top_k > 0, keep_top_k, same, logits)
+  return jax.lax.cond(top_p < 1, keep_top_p, same, logits)
 
 
-def _sortable(x: Float[Array, "..."]) -> Int[Array, "..."]:
-  """Float32 values as uint32 in the same order (-0 and 0 are made equal)."""
-  # Adding 0.0 would do the same, but the compiler drops that.
-  x = jnp.where(x == 0, 0.0, x)
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  sign = jnp.uint32(1 << 31)
-  return jnp.where(bits & sign, ~bits, bits | sign)
-
-
-def _largest_threshold(ranks, enough):
-  """Largest t with `enough(ranks >= t)`, found bit by bit.
+def _largest_threshold(
+  logits: Float[Array, "*n V"],
+  enough: Callable[[Bool[Array, "*n V"]], Bool[Array, "*n"]],
+) -> Float[Array, "*n"]:
+  """Largest t with `enough(logits >= t)`, found bit by bit.
 
   32 passes over the vocabulary cost far less than sorting it, and the result
   is exact. `enough` must hold for everything and get harder as t grows.
   """
 
-  def refine(i, threshold):
-    trial = threshold | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-    return jnp.where(enough(ranks >= trial[..., None]), trial, threshold)
+  def refine(i, rank):
+    trial = rank | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    kept = logits >= _float_of_rank(trial)[..., None]
+    return jnp.where(enough(kept), trial, rank)
 
-  start = jnp.zeros(ranks.shape[:-1], jnp.uint32)
-  return jax.lax.fori_loop(0, 32, refine, start)
+  start = jnp.zeros(logits.shape[:-1], jnp.uint32)
+  return _float_of_rank(jax.lax.fori_loop(0, 32, refine, start))
+
+
+def _float_of_rank(rank: Int[Array, "*n"]) -> Float[Array, "*n"]:
+  """The float32 of that rank in the order of all floats, as uint32.
+
+  Ranks below -inf's are -inf's. Those above inf's are NaN, than which no
+  logit is larger or equal, so that a search turns back from them.
+  """
+  sign = jnp.uint32(1 << 31)
+  bits = jnp.where(rank & sign, rank ^ sign, ~rank)
+  value = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  below = (rank < sign) & jnp.isnan(value)
+  return jnp.where(below, -jnp.inf, value)

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from counting import BLOCK, MASK, VOCAB, drafter_config, planted, successor
 
 from d2sd_jax import (
   POLICIES,
   KVCache,
   Models,
   Sampling,
-  TargetOutput,
   TreeConfig,
   TreePolicy,
   UsageError,
@@ -30,51 +30,10 @@ from d2sd_jax.decoding.loop import check_mode
 from d2sd_jax.tree import chain_tree
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-_VOCAB = 53
-_MASK = 30
-_BLOCK = 4
-_TREE = TreeConfig(block_size=_BLOCK, num_branches=2)
+_TREE = TreeConfig(block_size=BLOCK, num_branches=2)
 _GREEDY = Sampling.create()
 _FOREVER = jnp.int32(10**6)
 _PROMPTS = [[7, 8, 9], [20], [40, 41]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Table:
-  """A target of no layers: logits depend on the token alone."""
-
-  logits: jax.Array
-
-  def init_cache(self, batch_size, capacity):
-    del batch_size, capacity
-    return KVCache(keys=(), values=())
-
-  def embed(self, tokens):
-    return jax.nn.one_hot(tokens, _VOCAB)
-
-  def head(self, hidden):
-    return hidden
-
-  def prefill(self, tokens, lengths, taps):
-    last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-    return self._output(self.logits[last], tokens, taps)
-
-  def score_tree(self, tree, cache, lengths, taps):
-    del lengths
-    assert len(cache) == 0
-    return self._output(self.logits[tree.tokens], tree.tokens, taps)
-
-  def _output(self, logits, tokens, taps):
-    features = jnp.zeros((*tokens.shape, len(taps), _VOCAB))
-    return TargetOutput(
-      logits=logits, features=features, kv=KVCache(keys=(), values=())
-    )
-
-
-def _successor():
-  following = (np.arange(_VOCAB) + 1) % _VOCAB
-  return Table(logits=5.0 * jax.nn.one_hot(following, _VOCAB))
 
 
 @jax.tree_util.register_dataclass
@@ -98,50 +57,16 @@ def _draft(models, state, config):
   """A chain whose first `right` tokens the table agrees with."""
   slots = jnp.arange(config.block_size)
   right = slots <= models.drafters[0].right[:, None]
-  tokens = (state.anchors[:, None] + slots) % _VOCAB
-  return chain_tree(jnp.where(right, tokens, (tokens + 9) % _VOCAB))
+  tokens = (state.anchors[:, None] + slots) % VOCAB
+  return chain_tree(jnp.where(right, tokens, (tokens + 9) % VOCAB))
 
 
 _POLICY = TreePolicy(_draft, 1, lambda config: config.block_size)
 
 
-def _config(**changes):
-  return dataclasses.replace(
-    tiny.DFLASH,
-    vocab_size=_VOCAB,
-    hidden_size=_VOCAB,
-    mask_token_id=_MASK,
-    target_layer_ids=(1,),
-    block_size=_BLOCK,
-    **changes,
-  )
-
-
 def _models(right=(3, 1, 0)):
-  plan = _Plan(right=jnp.asarray(right), config=_config())
-  return Models(target=_successor(), drafters=(plan,))
-
-
-def _planted(prompts, wrong=(), second_wrong=()):
-  """Two drafters that count on like the table, but for some positions."""
-  plan = np.zeros((len(prompts), 48), np.int32)
-  for row, prompt in zip(plan, prompts, strict=True):
-    row[:] = (prompt[0] + np.arange(48)) % _VOCAB
-
-  def plant(positions):
-    errors = np.zeros_like(plan)
-    errors[:, list(positions)] = 3
-    return tiny.PlantedDrafter(
-      inner=tiny.drafter(_config()),
-      tokens=jnp.asarray(plan),
-      wrong=jnp.asarray(errors),
-      sharpness=jnp.where(errors > 0, 1.0, 9.0),
-      directions=jnp.eye(_VOCAB),
-    )
-
-  return Models(
-    target=_successor(), drafters=(plant(wrong), plant(second_wrong))
-  )
+  plan = _Plan(right=jnp.asarray(right), config=drafter_config())
+  return Models(target=successor(), drafters=(plan,))
 
 
 def _cycle(models, state, sampling=_GREEDY):
@@ -254,9 +179,9 @@ def test_a_finished_row_goes_through_unchanged():
 
 
 def test_11_the_mask_id_is_a_token_like_any_other_in_the_output():
-  prompts = [[27, 28], [_MASK], [29, _MASK]]
-  for mode in ("ar", "dflash", "d2sd"):
-    models = _planted(prompts)
+  prompts = [[27, 28], [MASK], [29, MASK]]
+  for mode in POLICIES:
+    models = planted(prompts)
     models = dataclasses.replace(
       models, drafters=models.drafters[: POLICIES[mode].num_drafters]
     )
@@ -271,7 +196,7 @@ def test_11_the_mask_id_is_a_token_like_any_other_in_the_output():
 
 def test_branches_win_where_the_trunk_fails():
   # Prompt 7 8 9, anchor 10 at index 3: the draft is wrong at index 5.
-  models = _planted(_PROMPTS, wrong=[5])
+  models = planted(_PROMPTS, wrong=[5])
   state = tiny.start(models, _PROMPTS, max_new=[14, 14, 0])
   state = generate(
     models, state, _GREEDY, jnp.int32(1), mode="d2sd", config=_TREE
@@ -291,7 +216,7 @@ def test_branches_win_where_the_trunk_fails():
 def test_forbid_repeat_bars_the_first_new_token_and_no_other(forbid):
   # Both drafters count on, the second one 12 12; prefix 1, then 0 look the
   # likeliest to fail.
-  models = _planted(_PROMPTS)
+  models = planted(_PROMPTS)
   first, second = models.drafters
   sharpness = first.sharpness.at[0, 4].set(5.0).at[0, 5].set(3.0)
   first = dataclasses.replace(first, sharpness=sharpness)
@@ -310,7 +235,7 @@ def test_forbid_repeat_bars_the_first_new_token_and_no_other(forbid):
 
 def test_no_branches_is_the_first_draft_alone():
   config = dataclasses.replace(_TREE, num_branches=0)
-  models = _planted(_PROMPTS, wrong=[5])
+  models = planted(_PROMPTS, wrong=[5])
   state = tiny.start(models, _PROMPTS, max_new=[14, 14, 0])
   state = generate(
     models, state, _GREEDY, jnp.int32(2), mode="d2sd", config=config
@@ -330,7 +255,7 @@ def _runs():
     ]
   ):
     prompts = [[3 + seed] * (seed + 1), [9], [5, 6] * (seed + 1)]
-    models = _planted(prompts, wrong, second)
+    models = planted(prompts, wrong, second)
     sampling = Sampling.create(temperature, *filters, seed)
     yield models, prompts, [20, 1 + seed, 0], sampling
 
@@ -418,7 +343,7 @@ def test_streaming_gives_what_generating_gives(mode, step):
 
 
 def test_generate_stops_after_max_cycles():
-  models = _planted(_PROMPTS)
+  models = planted(_PROMPTS)
   state = tiny.start(models, _PROMPTS, max_new=[20, 20, 0])
   for done in (2, 4):
     state = generate(
@@ -429,7 +354,7 @@ def test_generate_stops_after_max_cycles():
 
 
 def test_all_rows_finished_from_the_start_run_no_cycle():
-  models = Models(target=_successor())
+  models = Models(target=successor())
   state = tiny.start(models, _PROMPTS, max_new=[1, 0, 1])
   state = generate(models, state, _GREEDY, _FOREVER, mode="ar", config=_TREE)
   assert state.num_cycles == 0
@@ -437,8 +362,8 @@ def test_all_rows_finished_from_the_start_run_no_cycle():
 
 
 def test_unknown_modes_and_missing_drafters_are_refused():
-  models = _planted(_PROMPTS)
-  with pytest.raises(UsageError, match=r"mode='eagle'.*ar, dflash, d2sd"):
+  models = planted(_PROMPTS)
+  with pytest.raises(UsageError, match=r"mode='eagle'.*ar, prompt_lookup"):
     check_mode("eagle", models)
   for mode, needed in (("ar", 0), ("dflash", 1)):
     with pytest.raises(UsageError, match=f"drafters=2.*{needed} for mode"):

@@ -30,6 +30,7 @@ from d2sd_jax import (
   generate,
 )
 from d2sd_jax.sampling import position_noise
+from d2sd_jax.tree import FIRST_DRAFT, LOOKUP, RE_DRAFT, SAMPLE, THIRD_DRAFT
 
 _VOCAB = tiny.TARGET.vocab_size
 _NEW = 22
@@ -371,6 +372,88 @@ def test_planted_drafts(name):
   # Where a branch starts at every slot, the first match ends no earlier.
   if config.num_branches < config.block_size - 1 and not config.forbid_repeat:
     assert seen["equal siblings"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Fading(tiny.PlantedDrafter):
+  """Errs, and doubts, from the second slot behind what it sees."""
+
+  mask: jax.Array
+
+  def __call__(self, embeddings, positions, context, context_end):
+    visible = (embeddings != self.mask).any(-1).sum(-1, keepdims=True)
+    late = jnp.arange(embeddings.shape[2]) > visible
+    rows = jnp.arange(len(positions))[:, None, None]
+    tokens = self.tokens[rows, positions] + late
+    unit = self.directions[tokens % self.directions.shape[0]]
+    return unit * jnp.where(late, 0.3, 2.0)[..., None]
+
+
+def _fading(models):
+  """Each draft is right for one slot: only a third one gets to the third."""
+  fields = [f.name for f in dataclasses.fields(tiny.PlantedDrafter)]
+  drafters = tuple(
+    _Fading(
+      **{field: getattr(drafter, field) for field in fields},
+      mask=models.target.embed(drafter.config.mask_token_id),
+    )
+    for drafter in models.drafters
+  )
+  return dataclasses.replace(models, drafters=drafters)
+
+
+_OTHERS = {
+  "prompt_lookup": (LOOKUP,),
+  "dflash_samples": (FIRST_DRAFT, SAMPLE),
+  "reuse": (FIRST_DRAFT, RE_DRAFT),
+  "d2sd_3": (FIRST_DRAFT, RE_DRAFT, THIRD_DRAFT),
+}
+
+
+@pytest.mark.parametrize(
+  ("mode", "name"),
+  [
+    ("prompt_lookup", "longer second, budget"),
+    ("dflash_samples", "longer second, budget"),
+    ("reuse", "no repeats"),
+    ("d2sd_3", "no repeats"),
+    ("d2sd_3", "longer second, budget"),
+  ],
+)
+def test_other_modes(mode, name):
+  """Every mode of the ladder, on drafts that are right in part."""
+  config, ties = _CONFIGS[name], collections.Counter()
+  lengths, origins = set(), set()
+
+  def check(case, models):
+    tokens = _everything(case)
+    stops = _stops(case, tokens[0])
+    expected = _autoregressive(case, stops=stops)
+    count = POLICIES[mode].num_drafters
+    models = dataclasses.replace(models, drafters=models.drafters[:count])
+    state = _decode(models, case, mode, config, stops)
+    lengths.update(np.unique(_check_history(case, state, mode, config)))
+    got = tiny.answers(state, case.prompts)
+    _assert_same(case, config, tiny.answers(expected, case.prompts), got, ties)
+    for row, answer, prompt in zip(
+      np.asarray(state.origins), got, case.prompts, strict=True
+    ):
+      origins.update(row[len(prompt) : len(prompt) + len(answer)])
+
+  def drawn(case):
+    rng = np.random.default_rng(case.draws)
+    check(case, _plant(case, _everything(case), rng, config.block_size))
+
+  _EXAMPLES(max_examples=6)(given(_cases())(drawn))()
+  for case, models, *_ in _sweep(config):
+    check(case, models)
+    if mode == "d2sd_3":
+      check(case, _fading(models))
+  # The budget leaves no room for a third level.
+  wanted = set(_OTHERS[mode]) - ({THIRD_DRAFT} if config.node_budget else set())
+  assert wanted <= origins, origins
+  assert lengths >= {1, 2, 3, config.block_size} or mode == "prompt_lookup"
 
 
 def _sweep(config):

@@ -18,6 +18,7 @@ import tiny
 from d2sd_jax import Models, Sampling, TreeConfig
 from d2sd_jax.config import DecodeConfig
 from d2sd_jax.decoding import report
+from d2sd_jax.decoding import session as session_module
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request, Session, bucket, interruptible
@@ -101,6 +102,28 @@ def test_ragged_batches(mode):
   assert [a.tokens for a in answers] == [a.tokens for a in decode_all("ar")]
 
 
+def test_one_prompt_size_and_another_temperature():
+  build = lambda sampling, **sizes: Session(
+    Models(target=tiny.target()),
+    REQUESTS,
+    sampling,
+    mode="ar",
+    tree=TREE,
+    max_new_tokens=LIMIT,
+    stop_ids=(61,),
+    batch_size=2,
+    **sizes,
+  )
+  session = build(Sampling.create(), prompt_size=16)
+  assert [*session._prefill] == [16]
+  other = session.with_sampling(Sampling.create(0.9, seed=3))
+  answers = [a for batch in other.batches() for a in other.decode(batch)]
+  assert [a.tokens for a in answers] == [a.tokens for a in decode_all("ar")]
+  (greedy, _) = session.decode(REQUESTS[:2])
+  assert greedy.tokens != answers[0].tokens
+  assert greedy.num_verified == len(greedy.accepted_per_cycle) == LIMIT - 1
+
+
 def test_ar_commits_one_token_a_cycle():
   for answer in decode_all("ar"):
     assert answer.accepted_per_cycle == [1] * (LIMIT - 1)
@@ -172,6 +195,26 @@ def test_nothing_compiles_after_construction():
     jax.monitoring.clear_event_listeners()
 
 
+def test_answers_name_the_attention_that_ran(monkeypatch):
+  asked = []
+
+  def choose(query, keys):
+    asked.append((query.shape, keys.shape[3]))
+    return "chosen"
+
+  monkeypatch.setattr(session_module, "default_implementation", choose)
+  session = make_session("d2sd")
+  cache = tiny.target().init_cache(2, 64)
+  assert session._implementation(cache) == "chosen"
+  # Two rows, one group of all nodes, the target's heads.
+  assert asked == [((2, 1, 5 + 4 + 3, 6, 8), 8)]
+  forced = dataclasses.replace(tiny.target(), implementation="reference")
+  session.models = dataclasses.replace(session.models, target=forced)
+  assert session._implementation(cache) == "reference"
+  session.models = dataclasses.replace(session.models, target=object())
+  assert session._implementation(cache) == "unknown"
+
+
 def test_record():
   answer = decode_all("d2sd")[1]
   tokenizer = FakeTokenizer((answer.tokens[-1],))
@@ -186,6 +229,7 @@ def test_record():
   assert record["prompt_tokens"] == list(PROMPTS[1])
   assert record["tokens"] == answer.tokens
   assert record["text"] == tokenizer.decode(answer.tokens[:-1])
+  assert record["implementation"] == "xla"
   assert record["cycles"] == len(record["accepted_per_cycle"])
   assert record["acceptance_length"] == (LIMIT - 1) / record["cycles"]
   speed = (LIMIT - 1) / record["decode_seconds"]
@@ -222,6 +266,22 @@ def test_comparison_lists_differences(capsys):
   assert out.rstrip().endswith("a tie")
   report.print_comparison(answers, {("dflash", 2): 0.5}, plan)
   assert "not a tie by scores" in capsys.readouterr().out
+
+
+def test_no_cycle_has_no_acceptance_length(capsys):
+  one = dataclasses.replace(
+    decode_all("ar")[0], tokens=[4], origins=[0], accepted_per_cycle=[]
+  )
+  plan = Plan(
+    config=DecodeConfig(dtype="float32"),
+    target=tiny.TARGET,
+    drafters=(),
+    trees={},
+  )
+  report.print_closing_line([one], plan)
+  assert "0 cycles, acceptance length α -, 0.0" in capsys.readouterr().out
+  report.print_comparison({"ar": [one]}, {}, plan)
+  assert "nan" not in capsys.readouterr().out
 
 
 def test_trace_names_the_passes(capsys):

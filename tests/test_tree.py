@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2sd_jax import TreeConfig, UsageError, ancestor_mask, build_prefix_tree
-from d2sd_jax.tree import chain_tree
+from d2sd_jax.tree import chain_tree, merge_paths
 
 _jit_build = jax.jit(build_prefix_tree, static_argnames="num_nodes")
+_jit_merge = jax.jit(merge_paths, static_argnames=("num_nodes", "origins"))
 _jit_ancestors = jax.jit(ancestor_mask)
 
 
@@ -152,6 +153,71 @@ def test_chain():
   assert tree.depths.tolist() == [[0, 1, 2]] * 2
   assert tree.origins.tolist() == [[0, 1, 1]] * 2
   assert bool(tree.valid.all())
+
+
+def test_chain_of_fewer_tokens_than_slots():
+  tree = chain_tree(jnp.array([[7, 8, 9], [4, 5, 6]]), jnp.array([0, 1]), 3)
+  assert tree.tokens.tolist() == [[7, 0, 0], [4, 5, 0]]
+  assert tree.parents.tolist() == [[-1, -1, -1], [-1, 0, -1]]
+  assert tree.depths.tolist() == [[0, 0, 0], [0, 1, 0]]
+  assert tree.valid.sum(axis=1).tolist() == [1, 2]
+  assert tree.origins[1, 1] == 3
+
+
+def test_golden_merged_paths():
+  # 90 - 1 - 2 - 3             The second path leaves the trunk behind 1, the
+  #       |                    third one leaves the second behind 41, and the
+  #       ` 41 - 42 - 43       fourth is the trunk and goes on.
+  #           ` 52 - 53
+  paths = [
+    [90, 1, 41, 42, 43],
+    [90, 1, 41, 52, 53],
+    [90, 1, 2, 3, 4],
+    [90, 1, 41, 42, 43],
+  ]
+  tree = _jit_merge(
+    jnp.array([[90, 1, 2, 3]]),
+    jnp.array([paths]),
+    num_nodes=12,
+    origins=(2, 4, 5, 2),
+  )
+  assert tree.tokens[0].tolist() == [
+    *[90, 1, 2, 3, 41, 42, 43, 52, 53, 4],
+    *[0, 0],
+  ]
+  assert tree.parents[0].tolist() == [-1, 0, 1, 2, 1, 4, 5, 4, 7, 3, -1, -1]
+  assert tree.depths[0].tolist() == [0, 1, 2, 3, 2, 3, 4, 3, 4, 4, 0, 0]
+  assert tree.origins[0, :10].tolist() == [0, 1, 1, 1, 2, 2, 2, 4, 4, 5]
+  assert tree.valid[0].tolist() == [True] * 10 + [False] * 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_merged_paths_are_all_there_and_stored_once(data):
+  block, count, size = data.draw(st.sampled_from([(2, 1, 2), (4, 5, 6)]))
+  draw = lambda n: data.draw(
+    st.lists(st.integers(0, 2), min_size=n, max_size=n)
+  )
+  trunks = [[9, *draw(block - 1)] for _ in range(2)]
+  paths = [[[9, *draw(size - 1)] for _ in range(count)] for _ in range(2)]
+  most = block + count * (size - 1)
+  budget = data.draw(st.sampled_from([most, block, (block + most) // 2]))
+  tree = _jit_merge(
+    jnp.array(trunks), jnp.array(paths), num_nodes=budget, origins=(4,) * count
+  )
+  for b in range(2):
+    used = np.flatnonzero(tree.valid[b])
+    tokens, parents = np.asarray(tree.tokens[b]), np.asarray(tree.parents[b])
+    found = [oracles.node_path(parents, i) for i in used]
+    assert tree.depths[b, used].tolist() == [len(p) - 1 for p in found]
+    texts = [tuple(tokens[p].tolist()) for p in found]
+    wanted = {
+      tuple(path[: n + 1])
+      for path in [trunks[b], *paths[b]]
+      for n in range(len(path))
+    }
+    assert len(set(texts)) == len(texts) == min(budget, len(wanted))
+    assert set(texts) <= wanted
 
 
 @pytest.mark.parametrize(

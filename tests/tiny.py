@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gguf import quants
+from tokenizers import pre_tokenizers
 
 from d2sd_jax import Drafter, DrafterConfig, Sampling, TargetConfig, prefill
+from d2sd_jax.io.tokenizer import DEFAULT_SYSTEM
 from d2sd_jax.models.target import LAYER_TENSORS, target_from_tensors
 
 TARGET = TargetConfig(
@@ -195,3 +199,104 @@ def answers(state, prompts):
   return [
     tokens[b, len(p) : lengths[b] + 1].tolist() for b, p in enumerate(prompts)
   ]
+
+
+# Byte-level BPE of a single merge, and the marks of a conversation.
+MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENS = (*MARKS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he")
+# A target in a file: sizes of its own, rows of whole quantisation blocks.
+GGUF_TARGET = TargetConfig(
+  vocab_size=37,
+  hidden_size=64,
+  intermediate_size=96,
+  num_layers=2,
+  num_heads=6,
+  num_kv_heads=3,
+  head_dim=8,
+  rope_theta=12_345.0,
+  rms_norm_eps=1e-5,
+  max_length=77,
+  tied_head=True,
+)
+
+
+def gguf_metadata(config):
+  arch = "qwen3" if config.qk_norm else "llama"
+  return {
+    "general.architecture": arch,
+    f"{arch}.block_count": config.num_layers,
+    f"{arch}.context_length": config.max_length,
+    f"{arch}.embedding_length": config.hidden_size,
+    f"{arch}.feed_forward_length": config.intermediate_size,
+    f"{arch}.attention.head_count": config.num_heads,
+    f"{arch}.attention.head_count_kv": config.num_kv_heads,
+    f"{arch}.attention.key_length": config.head_dim,
+    f"{arch}.attention.value_length": config.head_dim,
+    f"{arch}.rope.freq_base": config.rope_theta,
+    f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+  }
+
+
+def tokenizer_metadata():
+  """As a file of `TOKENS` has it."""
+  marks = len(MARKS)
+  return {
+    "tokenizer.chat_template": f"<|im_start|>system {DEFAULT_SYSTEM}",
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": list(TOKENS),
+    "tokenizer.ggml.token_type": [3] * marks + [1] * (len(TOKENS) - marks),
+    "tokenizer.ggml.merges": ["h e"],
+  }
+
+
+def gguf_tensors(config, seed=0):
+  """Random float32 tensors, written out by hand under their GGUF names."""
+  width, mlp = config.hidden_size, config.intermediate_size
+  shapes = {
+    "token_embd.weight": (config.vocab_size, width),
+    "output_norm.weight": (width,),
+  }
+  if not config.tied_head:
+    shapes["output.weight"] = (config.vocab_size, width)
+  for i in range(config.num_layers):
+    layer = {
+      "attn_norm": (width,),
+      "attn_q": (48, width),
+      "attn_k": (24, width),
+      "attn_v": (24, width),
+      "attn_output": (width, 48),
+      "ffn_norm": (width,),
+      "ffn_gate": (mlp, width),
+      "ffn_up": (mlp, width),
+      "ffn_down": (width, mlp),
+    }
+    if config.qk_norm:
+      layer |= {"attn_q_norm": (8,), "attn_k_norm": (8,)}
+    shapes |= {f"blk.{i}.{k}.weight": v for k, v in layer.items()}
+  rng = np.random.default_rng(seed)
+  return {
+    name: rng.standard_normal(shape, np.float32)
+    for name, shape in shapes.items()
+  }
+
+
+def write_gguf(path, metadata, tensors, kinds=None):
+  """Writes a GGUF file with the reference writer, quantising by `kinds`."""
+  kinds = kinds or {}
+  writer = gguf.GGUFWriter(path, metadata.get("general.architecture", "none"))
+  for key, value in metadata.items():
+    if key == "general.architecture":
+      continue
+    add = {int: writer.add_uint32, float: writer.add_float32}
+    add |= {str: writer.add_string, list: writer.add_array}
+    add[type(value)](key, value)
+  for name, value in tensors.items():
+    kind = kinds.get(name)
+    raw = value if kind is None else quants.quantize(value, kind)
+    writer.add_tensor(name, raw, raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path

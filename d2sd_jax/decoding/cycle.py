@@ -105,6 +105,8 @@ def commit(
     ),
     accepted=state.accepted.at[:, state.num_cycles].set(count),
     num_cycles=state.num_cycles + 1,
+    num_verified=state.num_verified
+    + jnp.where(state.finished, 0, tree.valid.sum(axis=1)),
   )
 
 

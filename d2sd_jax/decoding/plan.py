@@ -7,7 +7,8 @@ from pathlib import Path
 import jax
 
 from d2sd_jax.config import (
-  MODES,
+  COMPARED,
+  ROLES,
   DecodeConfig,
   DrafterConfig,
   TargetConfig,
@@ -76,6 +77,21 @@ class Plan:
       for folder in self.drafters
     )
 
+  def role_warnings(self, drafters: Sequence[Drafter]) -> list[str]:
+    """A line for each drafter that was trained for the other's place.
+
+    Drafter 1 in both places is a fair experiment (the paper makes it), so
+    this is no mistake; a swapped pair most likely is.
+    """
+    names = ("drafter", "vp_drafter")
+    rows = zip(names, ROLES, drafters, strict=False)
+    return [
+      f"warning: {name}={getattr(self.config, name)!r}: trained as"
+      f" {drafter.config.training_mode!r}, expected {role!r}"
+      for name, role, drafter in rows
+      if drafter.config.training_mode != role
+    ]
+
   def models(
     self, mode: str, target: LlamaTarget, drafters: Sequence[Drafter]
   ) -> Models:
@@ -94,7 +110,7 @@ def make_plan(config: DecodeConfig) -> Plan:
     UsageError: a file is missing or damaged, a drafter does not fit the
       target, or a size does not fit another.
   """
-  modes = MODES if config.mode == "compare" else (config.mode,)
+  modes = COMPARED if config.mode == "compare" else (config.mode,)
   target = read_target_config(config.target)
   require(
     config.max_new_tokens < target.max_length,
@@ -107,11 +123,15 @@ def make_plan(config: DecodeConfig) -> Plan:
   folders = tuple(
     _drafter_folder(name, field) for field, name in names[:num_drafters]
   )
-  shapes = [_check_drafter(path, target, config.target) for path in folders]
+  shapes = [
+    _check_drafter(path, target, config.target, field)
+    for path, (field, _) in zip(folders, names, strict=False)
+  ]
   second = config.second_block_size or 2
   expected = f"below the target's context of {target.max_length}"
   require(second < target.max_length, "second_block_size", second, expected)
-  block_size = config.block_size or (shapes[0].block_size if shapes else 2)
+  default = shapes[0].block_size if shapes else TreeConfig().block_size
+  block_size = config.block_size or default
   require(
     block_size < target.max_length,
     "block_size",
@@ -129,13 +149,13 @@ def make_plan(config: DecodeConfig) -> Plan:
 
 
 def _tree(mode: str, config: DecodeConfig, block_size: int) -> TreeConfig:
-  """Tree sizes of one mode; those it has no use for are not even checked."""
-  if mode == "d2sd":
-    return config.tree(block_size)
-  if mode == "dflash":
-    return TreeConfig(block_size=block_size, num_branches=0)
-  # `ar` reads no sizes: one value, so that one program serves all configs.
-  return TreeConfig(block_size=2, num_branches=0)
+  """Tree sizes of one mode; those it has no use for are not even checked.
+
+  They have one value instead, so that one program serves all configs.
+  """
+  wanted = {**dataclasses.asdict(config), "block_size": block_size}
+  read = {field: wanted[field] for field in POLICIES[mode].reads}
+  return TreeConfig(**{"block_size": 2, "num_branches": 0, **read})
 
 
 def _drafter_folder(name: str, field: str) -> Path:
@@ -147,13 +167,13 @@ def _drafter_folder(name: str, field: str) -> Path:
 
 
 def _check_drafter(
-  folder: Path, target: TargetConfig, target_name: str
+  folder: Path, target: TargetConfig, target_name: str, field: str
 ) -> DrafterConfig:
   """The drafter's shape, if it fits the target and its mask id is free."""
-  config = read_drafter_config(folder, target)
+  config = read_drafter_config(folder, target, field)
   weights = folder / WEIGHTS_FILE
   require(
-    weights.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}"
+    weights.is_file(), field, str(folder), f"a folder with {WEIGHTS_FILE}"
   )
   chat_ids = (
     DEFAULT_CHAT_IDS

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import os
+import math
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +13,6 @@ import flax
 import jax
 import jaxlib
 from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -27,28 +20,46 @@ from d2sd_jax import __version__
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Answer, Request, Session
-from d2sd_jax.errors import UsageError, require
+from d2sd_jax.errors import UsageError
 from d2sd_jax.evaluation import (
   TIE_MARGIN,
   acceptance_length,
   first_difference,
 )
-from d2sd_jax.io.paths import atomic_write, user_path
+from d2sd_jax.io.paths import atomic_write
 from d2sd_jax.io.tokenizer import ChatTokenizer
-from d2sd_jax.tree import ANCHOR, FIRST_DRAFT, RE_DRAFT
+from d2sd_jax.progress import progress_bar
+from d2sd_jax.tree import (
+  ANCHOR,
+  FIRST_DRAFT,
+  LOOKUP,
+  RE_DRAFT,
+  SAMPLE,
+  THIRD_DRAFT,
+)
 
-IMPLEMENTATION = "xla"
 # Of a token's origin: what it is called, and how it looks on a terminal.
 _ORIGINS: Mapping[int, tuple[str, str]] = {
   ANCHOR: ("target", "bold"),
   FIRST_DRAFT: ("first draft", "green"),
   RE_DRAFT: ("re-draft", "magenta"),
+  LOOKUP: ("lookup", "green"),
+  SAMPLE: ("sample", "magenta"),
+  THIRD_DRAFT: ("third draft", "yellow"),
 }
+
+
+class _Output(Console):
+  """Standard output, whose reader may go away."""
+
+  def on_broken_pipe(self) -> None:
+    """Lets `cli.run` hear of it, where rich would end the process."""
+    raise BrokenPipeError
 
 
 def console() -> Console:
   """Standard output: colour on a terminal, no markup, lines left whole."""
-  return Console(highlight=False, markup=False, soft_wrap=True)
+  return _Output(highlight=False, markup=False, soft_wrap=True)
 
 
 def answer_text(tokenizer: ChatTokenizer, tokens: Sequence[int]) -> str:
@@ -73,7 +84,7 @@ def make_record(
   """
   mode, config = answer.mode, plan.config
   tree = plan.trees[mode]
-  drafts = POLICIES[mode].num_drafters > 0
+  policy = POLICIES[mode]
   tokens, accepted = answer.tokens, answer.accepted_per_cycle
   seconds = answer.decode_seconds
   return {
@@ -87,13 +98,13 @@ def make_record(
     "prefill_seconds": answer.prefill_seconds,
     "decode_seconds": seconds,
     "tokens_per_second": (len(tokens) - 1) / seconds if seconds else 0.0,
-    "block_size": tree.block_size if drafts else 1,
+    "block_size": min(tree.block_size, policy.max_path(tree)),
     "num_branches": tree.num_branches,
-    "node_budget": tree.num_nodes if drafts else 1,
+    "node_budget": policy.num_nodes(tree),
     "temperature": config.temperature,
     "seed": config.seed,
     "dtype": config.dtype,
-    "implementation": IMPLEMENTATION,
+    "implementation": answer.implementation,
     "target": config.target,
     "device": jax.devices()[0].device_kind,
     "versions": versions(),
@@ -111,31 +122,14 @@ def versions() -> dict[str, str]:
   }
 
 
-def check_output(name: str) -> Path:
-  """Path of a file to be written later, if that can work.
-
-  Raises:
-    UsageError: it is a folder, or lies where nothing can be written.
-  """
-  path = user_path(name)
-  parent = next(p for p in path.absolute().parents if p.exists())
-  require(
-    bool(name) and not path.is_dir() and parent.is_dir(),
-    "json",
-    name,
-    "a file to write",
-  )
-  writable = os.access(parent, os.W_OK)
-  require(writable, "json", name, "a file in a folder open to writing")
-  return path
-
-
 def write_json(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
   """Writes the list as a whole or, when interrupted, not at all."""
   try:
     with atomic_write(path) as temporary:
       text = json.dumps(records, ensure_ascii=False, indent=1)
-      temporary.write_text(text + "\n", encoding="utf-8")
+      # Of a path that is no UTF-8: JSON reads the escape back.
+      raw = (text + "\n").encode("utf-8", "backslashreplace")
+      temporary.write_bytes(raw)
   except OSError as error:
     raise UsageError(
       f"json={str(path)!r}: expected a file to write ({error.strerror})"
@@ -233,14 +227,9 @@ class Printer:
     self, mode: str, in_the_way: bool = False
   ) -> Iterator[Callable[[int], None]]:
     """Yields `advance(answers)`; draws on a terminal, for several prompts."""
-    stderr = Console(stderr=True)
-    with Progress(
-      *(TextColumn("{task.description}"), BarColumn()),
-      *(MofNCompleteColumn(), TimeRemainingColumn()),
-      console=stderr,
-      transient=True,
-      redirect_stdout=False,
-      disable=in_the_way or self._num_prompts == 1 or not stderr.is_terminal,
+    hidden = in_the_way or self._num_prompts == 1
+    with progress_bar(
+      hidden=hidden, transient=True, redirect_stdout=False
     ) as bar:
       task = bar.add_task(mode, total=self._num_prompts)
       yield lambda answers: bar.advance(task, answers)
@@ -280,7 +269,7 @@ def print_closing_line(answers: Sequence[Answer], plan: Plan) -> None:
   prefill = sum(a.prefill_seconds / a.batch_rows for a in answers)
   line = (
     f"{tokens} tokens, {cycles} cycles, acceptance length α"
-    f" {_alpha(answers):.2f}, {_speed(answers):.1f} tokens/s"
+    f" {_alpha(answers)}, {_speed(answers):.1f} tokens/s"
     f" ({answers[0].mode}, prefill {prefill:.2f} s, {plan.config.dtype} on"
     f" {jax.devices()[0].device_kind})"
   )
@@ -310,13 +299,13 @@ def print_comparison(
     speed = _speed(answers)
     table.add_row(
       mode,
-      f"{_alpha(answers):.2f}",
-      f"{_alpha(answers, cut_tails=True):.2f}",
+      _alpha(answers),
+      _alpha(answers, cut_tails=True),
       f"{speed:.1f}",
       f"{speed / slowest:.2f}x" if slowest else "-",
       f"{'no' if differing else 'yes'} ({same} of {total})",
     )
-  Console(highlight=False).print(table)
+  _Output(highlight=False).print(table)
   filtered = plan.config.top_k > 0 or plan.config.top_p < 1
   for (mode, index), margin in margins.items():
     where = first_difference(
@@ -338,8 +327,10 @@ def _rows(answers: Iterable[Answer]) -> list[dict[str, Any]]:
   ]
 
 
-def _alpha(answers: Iterable[Answer], cut_tails: bool = False) -> float:
-  return acceptance_length(_rows(answers), cut_tails)
+def _alpha(answers: Iterable[Answer], cut_tails: bool = False) -> str:
+  """The acceptance length as it is shown: `-` where no cycle ran."""
+  alpha = acceptance_length(_rows(answers), cut_tails)
+  return "-" if math.isnan(alpha) else f"{alpha:.2f}"
 
 
 def _speed(answers: Iterable[Answer]) -> float:

@@ -1,6 +1,7 @@
 """Decoding prompts with programs compiled ahead of time, and timing them."""
 
 import concurrent.futures
+import copy
 import dataclasses
 import functools
 import itertools
@@ -17,6 +18,9 @@ from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.loop import generate
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.state import DecodeState, Models, prefill
+from d2sd_jax.kernels.cascade_attention.api import default_implementation
+from d2sd_jax.models.cache import KVCache
+from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
 
 SMALLEST_BUCKET = 64
@@ -42,9 +46,11 @@ class Answer:
     tokens: the new ids, a stop id included.
     origins: which pass proposed each of them (`d2sd_jax.tree`).
     accepted_per_cycle: tokens each cycle committed.
+    num_verified: tree nodes that were verified, in all cycles.
     prefill_seconds: of the batch the request was in.
     decode_seconds: of the same batch, from its first token to its last.
     batch_rows: requests in that batch.
+    implementation: of attention in verification; see `cascade_attention`.
   """
 
   request: Request
@@ -52,9 +58,11 @@ class Answer:
   tokens: list[int]
   origins: list[int]
   accepted_per_cycle: list[int]
+  num_verified: int
   prefill_seconds: float
   decode_seconds: float
   batch_rows: int
+  implementation: str
 
   @property
   def cycles(self) -> list[slice]:
@@ -85,21 +93,26 @@ class Session:
     max_new_tokens: int,
     stop_ids: Sequence[int],
     batch_size: int = 1,
+    prompt_size: int | None = None,
   ):
     """Compiles.
 
     Args:
       models: target and as many drafters as the mode needs.
-      requests: what will be decoded; only the lengths are used yet.
+      requests: what will be decoded; only the lengths are used yet, and
+        others that are no longer may be decoded as well.
       sampling: how the target chooses.
       mode: a key of `POLICIES`.
       tree: static sizes of the tree.
       max_new_tokens: limit of every answer.
       stop_ids: ids that end an answer.
       batch_size: rows decoded together; no more than there are requests.
+      prompt_size: one static length for all prompts, and one program; `None`
+        is one for each power of two that occurs.
     """
     self.mode = mode
-    self._models, self._sampling = models, sampling
+    self.models, self.sampling, self.tree = models, sampling, tree
+    self._bucket = bucket if prompt_size is None else lambda _: prompt_size
     self._max_new_tokens = max_new_tokens
     self._stop_ids = np.asarray(stop_ids, np.int32)
     self._requests = list(requests)
@@ -107,9 +120,15 @@ class Session:
     longest = max(len(r.tokens) for r in self._requests)
     path = POLICIES[mode].max_path(tree)
     self._capacity = max(
-      bucket(longest), _capacity(longest + max_new_tokens + path)
+      self._bucket(longest), _capacity(longest + max_new_tokens + path)
     )
     self._prefill, self._generate = self._compile(tree)
+
+  def with_sampling(self, sampling: Sampling) -> "Session":
+    """The same programs, for another temperature or seed."""
+    other = copy.copy(self)
+    other.sampling = sampling
+    return other
 
   def batches(self) -> Iterator[list[Request]]:
     """The requests in input order, as many together as a batch holds."""
@@ -124,9 +143,15 @@ class Session:
     state = dataclasses.replace(state, finished=~state.finished)
     timed(
       functools.partial(
-        self._generate, self._models, state, self._sampling, jnp.int32(1)
+        self._generate, self.models, state, self.sampling, jnp.int32(1)
       )
     )
+
+  def start(self, requests: Sequence[Request]) -> tuple[DecodeState, float]:
+    """The state of one batch before its first cycle, and prefill's seconds."""
+    size = self._bucket(max(len(r.tokens) for r in requests))
+    arguments = self._prefill_arguments(requests, size)
+    return timed(lambda: self._prefill[size](*arguments))
 
   def decode(
     self, requests: Sequence[Request], on_step: OnStep | None = None
@@ -141,9 +166,7 @@ class Session:
     Returns:
       One answer per request.
     """
-    size = bucket(max(len(r.tokens) for r in requests))
-    arguments = self._prefill_arguments(requests, size)
-    state, prefill_seconds = timed(lambda: self._prefill[size](*arguments))
+    state, prefill_seconds = self.start(requests)
     limit = jnp.int32(1 if on_step else self._max_new_tokens)
     decode_seconds, seen = 0.0, 0
 
@@ -155,7 +178,7 @@ class Session:
       if all(row.finished for row in rows):
         break
       step = functools.partial(
-        self._generate, self._models, state, self._sampling, limit
+        self._generate, self.models, state, self.sampling, limit
       )
       state, seconds = timed(step)
       decode_seconds += seconds
@@ -167,9 +190,11 @@ class Session:
         tokens=row.tokens,
         origins=row.origins,
         accepted_per_cycle=row.accepted,
+        num_verified=row.num_verified,
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
         batch_rows=len(requests),
+        implementation=self.implementation,
       )
       for request, row in zip(requests, rows, strict=True)
     ]
@@ -177,7 +202,10 @@ class Session:
   def _compile(self, tree: TreeConfig) -> tuple[dict[int, Any], Any]:
     """Prefill by bucket, and the cycles."""
     sizes = sorted(
-      {bucket(max(len(r.tokens) for r in batch)) for batch in self.batches()}
+      {
+        self._bucket(max(len(r.tokens) for r in batch))
+        for batch in self.batches()
+      }
     )
     traced = [
       _prefill.trace(
@@ -188,10 +216,11 @@ class Session:
     state = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced[0].out_info
     )
+    self.implementation = self._implementation(state.target_cache)
     cycles = generate.trace(
-      self._models,
+      self.models,
       state,
-      self._sampling,
+      self.sampling,
       jnp.int32(1),
       mode=self.mode,
       config=tree,
@@ -199,6 +228,18 @@ class Session:
     lowered = [program.lower() for program in (cycles, *traced)]
     compiled = interruptible(lambda: _compile_all(lowered))
     return dict(zip(sizes, compiled[1:], strict=True)), compiled[0]
+
+  def _implementation(self, cache: KVCache) -> str:
+    """What the target's attention runs when it verifies a tree."""
+    target = self.models.target
+    if not isinstance(target, LlamaTarget):
+      return "unknown"
+    keys, heads = cache.keys[0], target.config.num_heads
+    num_nodes = POLICIES[self.mode].num_nodes(self.tree)
+    query: Any = jax.ShapeDtypeStruct(
+      (keys.shape[0], 1, num_nodes, heads, keys.shape[3]), keys.dtype
+    )
+    return target.implementation or default_implementation(query, keys)
 
   def _prefill_arguments(
     self, requests: Sequence[Request], size: int
@@ -213,7 +254,7 @@ class Session:
       limits[row], ids[row] = self._max_new_tokens, request.sequence_id
     # Fresh arrays every time: the state they end up in is donated.
     host = (tokens, lengths, limits, ids, self._stop_ids)
-    return (self._models, *map(jnp.array, host), self._sampling)
+    return (self.models, *map(jnp.array, host), self.sampling)
 
 
 def _compile_all(lowered: Sequence[Any]) -> list[Any]:
@@ -263,6 +304,7 @@ class _Row:
   tokens: list[int]
   origins: list[int]
   accepted: list[int]
+  num_verified: int
   finished: bool
 
 
@@ -272,9 +314,10 @@ def _read(state: DecodeState, requests: Sequence[Request]) -> list[_Row]:
     (
       *(state.tokens, state.origins, state.accepted),
       *(state.lengths, state.finished, state.num_cycles),
+      state.num_verified,
     )
   )
-  tokens, origins, accepted, lengths, finished, cycles = host
+  tokens, origins, accepted, lengths, finished, cycles, verified = host
   rows = []
   for i, request in enumerate(requests):
     new = slice(len(request.tokens), int(lengths[i]) + 1)
@@ -284,6 +327,7 @@ def _read(state: DecodeState, requests: Sequence[Request]) -> list[_Row]:
         tokens=tokens[i, new].tolist(),
         origins=origins[i, new].tolist(),
         accepted=counts[counts > 0].tolist(),
+        num_verified=int(verified[i]),
         finished=bool(finished[i]),
       )
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from d2sd_jax.models.cache import KVCache, append
 from d2sd_jax.models.drafter import Drafter
-from d2sd_jax.sampling import Sampling
+from d2sd_jax.sampling import Sampling, draft_key
 from d2sd_jax.typing import Array, Bool, Float, Int
 from d2sd_jax.verify import target_choices
 
@@ -61,6 +61,9 @@ class DecodeState:
     accepted: tokens each cycle committed; 0 once a row had finished.
     origins: which pass proposed each token (`d2sd_jax.tree`); the target's own
       choices are `ANCHOR`.
+    num_verified: tree nodes the target was asked about, by row; none once the
+      row had finished.
+    draft_key: for drafts that are drawn; never the target's own noise.
   """
 
   tokens: Int[Array, "B S"]
@@ -74,6 +77,8 @@ class DecodeState:
   num_cycles: Int[Array, ""]
   accepted: Int[Array, "B S"]
   origins: Int[Array, "B S"]
+  num_verified: Int[Array, " B"]
+  draft_key: Int[Array, " words"]
 
   @property
   def anchors(self) -> Int[Array, " B"]:
@@ -105,7 +110,8 @@ def prefill(
     stop_ids: ids that end a row.
     sampling: how tokens are chosen.
     capacity: S, rows of all caches; at least T, and at least the longest
-      prompt plus its new tokens plus the longest path of a tree.
+      prompt plus its new tokens plus the longest path of a tree. On a TPU a
+      multiple of 128, so that caches are written in place.
 
   Returns:
     The state before the first cycle; its first new token is the anchor. It may
@@ -145,4 +151,6 @@ def prefill(
     num_cycles=jnp.int32(0),
     accepted=jnp.zeros((batch, capacity), jnp.int32),
     origins=jnp.zeros((batch, capacity), jnp.int8),
+    num_verified=start,
+    draft_key=draft_key(sampling.seed),
   )
