@@ -6,29 +6,29 @@
         --config.num_steps=100 --config.batch_size=8
 
 The work directory holds checkpoints of the whole state, `metrics.jsonl`, and
-at the end the drafter under `export/`. Started again with the same flags, a
-run that was stopped goes on exactly where its last checkpoint stood.
+under `export/` the drafter as of the last checkpoint. Started again with the
+same flags and data, a run that was stopped goes on exactly where that stood.
+Ctrl-C stops it after the step under way, a second one at once.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+if __name__ == "__main__":
+  # JAX takes a second to import; an early Ctrl-C is to end as cleanly as any.
+  signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-  TimeRemainingColumn,
-)
 
 from d2sd_jax import cli
 from d2sd_jax.config import (
@@ -37,7 +37,7 @@ from d2sd_jax.config import (
   TrainConfig,
   default_target_layer_ids,
 )
-from d2sd_jax.errors import require
+from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.drafter_format import read_drafter_config, save_drafter
 from d2sd_jax.io.models import (
   load_drafter,
@@ -48,12 +48,14 @@ from d2sd_jax.io.models import (
 from d2sd_jax.io.paths import atomic_write, find_checkpoint, user_path
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.progress import progress_bar
 from d2sd_jax.training.checkpoint import Checkpointer, check_workdir
 from d2sd_jax.training.data import (
   eval_batches,
   make_dataset,
   read_conversations,
 )
+from d2sd_jax.training.flops import step_flops
 from d2sd_jax.training.step import (
   eval_step,
   init_train_state,
@@ -68,7 +70,7 @@ EVAL_BATCH = 16
 def drafter_config(config: TrainConfig, target: TargetConfig) -> DrafterConfig:
   """A drafter shaped like the target's layers, only fewer of them."""
   ids = config.target_layer_ids or default_target_layer_ids(
-    target.num_layers, config.num_layers
+    target.num_layers, config.num_layers, "num_layers"
   )
   return DrafterConfig(
     vocab_size=target.vocab_size,
@@ -128,7 +130,8 @@ def check(config: TrainConfig, workdir: Path) -> None:
     require(is_file, field, path, "a file of JSON lines")
   if config.init_from is not None:
     folder = find_checkpoint(config.init_from, "init_from")
-    check_same_shape(read_drafter_config(folder, target), config, target)
+    theirs = read_drafter_config(folder, target, "init_from")
+    check_same_shape(theirs, config, target)
   fits = config.num_anchors <= config.max_length
   require(fits, "num_anchors", config.num_anchors, "at most max_length")
 
@@ -151,10 +154,14 @@ def train(config: TrainConfig, workdir: Path) -> None:
 
   tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
   tokenizer.check_mask_token(config.mask_token_id)
-  read = lambda path: read_conversations(
-    path, config.max_length, tokenizer, tokenizer.vocab_size
+  read = lambda field: read_conversations(
+    getattr(config, field),
+    config.max_length,
+    tokenizer,
+    tokenizer.vocab_size,
+    field,
   )
-  records, heldout = read(config.corpus), read(config.heldout)
+  records, heldout = read("corpus"), read("heldout")
   heldout = heldout[: config.eval_sequences]
   dataset = make_dataset(records, config.batch_size, config.seed)
 
@@ -166,6 +173,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   state = checkpointer.restore(state)
   first = int(state.step)
   schedule = learning_rate_schedule(config)
+  flops = step_flops(config, target.config, shape)
   console.print(
     f"{config.role}: step {first} of {config.num_steps}, {len(records)} "
     f"conversations; compiling for {jax.devices()[0].device_kind}"
@@ -174,18 +182,16 @@ def train(config: TrainConfig, workdir: Path) -> None:
     graphdef, state, target, dataset[first], config=config
   ).compile()
 
-  task_columns = (TextColumn("{task.description}"), BarColumn())
-  progress = Progress(
-    *task_columns,
-    MofNCompleteColumn(),
-    TimeRemainingColumn(),
-    console=console,
-    disable=not console.is_terminal,
-  )
+  progress = progress_bar(console=console)
   task = progress.add_task("training", total=config.num_steps, completed=first)
   log_file = open_metrics(workdir / "metrics.jsonl", first)
   # Leaving early, after Ctrl-C say, waits for a checkpoint being written.
-  with contextlib.closing(checkpointer), progress, log_file as log:
+  with (
+    contextlib.closing(checkpointer),
+    cli.patient_interrupt() as stop_if_interrupted,
+    progress,
+    log_file as log,
+  ):
     clock, since = time.perf_counter(), first
     for step in range(first + 1, config.num_steps + 1):
       state, metrics = update(state, target, dataset[step - 1])
@@ -194,7 +200,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
       if step % config.log_every == 0 or last:
         line = summarize(metrics) | {"learning_rate": float(schedule(step - 1))}
         now = time.perf_counter()
-        line["seconds_per_step"] = (now - clock) / (step - since)
+        line |= speed((now - clock) / (step - since), flops)
         clock, since = now, step
         label = f"loss {line['loss']:.3f}"
         progress.update(task, completed=step, description=label)
@@ -208,11 +214,17 @@ def train(config: TrainConfig, workdir: Path) -> None:
         log.flush()
       if step % config.checkpoint_every == 0 or last:
         checkpointer.save(state)
-
-  trained = nnx.merge(graphdef, state.params)
-  trained.config = shape
-  save_drafter(trained, workdir / "export")
+        trained = nnx.merge(graphdef, state.params)
+        trained.config = shape
+        save_drafter(trained, workdir / "export")
+      stop_if_interrupted()
   console.print(f"drafter written to {workdir / 'export'}")
+
+
+def speed(seconds: float, flops: float) -> dict[str, float]:
+  """Seconds of a step, and the model FLOP/s that makes."""
+  tflops = round(flops / seconds / 1e12, 3)
+  return {"seconds_per_step": seconds, "model_tflops_per_second": tflops}
 
 
 def summarize(metrics: dict[str, jax.Array]) -> dict[str, Any]:
@@ -226,16 +238,23 @@ def summarize(metrics: dict[str, jax.Array]) -> dict[str, Any]:
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
-  """The log, without lines later than the checkpoint the run goes on from."""
-  lines = (
-    path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-  )
-  # A run that was killed may have left half a line.
-  kept = [
-    line
-    for line in lines
-    if line.endswith("}") and json.loads(line)["step"] <= step
-  ]
+  """The log, without lines later than the checkpoint the run goes on from.
+
+  Raises:
+    UsageError: a line is no line of metrics, with its number.
+  """
+  text = path.read_text("utf-8", "replace") if path.is_file() else ""
+  lines, kept = text.splitlines(), []
+  for number, line in enumerate(lines, 1):
+    try:
+      if json.loads(line)["step"] <= step:
+        kept.append(line)
+    except (ValueError, TypeError, KeyError) as error:
+      # A run that was killed may have left half a line, the last one.
+      if number < len(lines):
+        raise UsageError(
+          f"{path}, line {number}: expected a line of metrics"
+        ) from error
   with atomic_write(path) as temporary:
     temporary.write_text("".join(f"{line}\n" for line in kept), "utf-8")
   return path.open("a", encoding="utf-8")
@@ -263,4 +282,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   cli.exit_with(cli.run(main))

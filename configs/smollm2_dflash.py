@@ -1,9 +1,8 @@
 """Drafter 1 (DFlash) for SmolLM2-135M-Instruct.
 
-First let the target write a corpus, then distill:
+First let the target write a corpus (see `corpus_smollm2.py`), then distill:
 
-    python -m d2sd_jax.training.corpus \
-        --out=runs/corpus.jsonl --heldout=runs/heldout.jsonl
+    python -m d2sd_jax.training.corpus --config=configs/corpus_smollm2.py
     python train.py --config=configs/smollm2_dflash.py --workdir=runs/dflash
 
 The drafter is exported to `runs/dflash/export`. What this reached, and how
@@ -30,6 +29,7 @@ def get_config() -> ConfigDict:
       "max_length": 384,
       "batch_size": 64,
       "num_steps": 4000,
+      "optimizer": "muon",
       "learning_rate": 1e-3,
       "seed": 0,
     },

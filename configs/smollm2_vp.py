@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
       "max_length": 384,
       "batch_size": 64,
       "num_steps": 4000,
+      "optimizer": "muon",
       "learning_rate": 1e-3,
       "prefix_decay": 0.9,
       "seed": 1,

@@ -5,15 +5,12 @@ import json
 import time
 
 import pytest
-import test_io_gguf as gguf_files
+import tiny
 
 import train
-from d2sd_jax import cli, load_drafter
+from d2sd_jax import UsageError, cli, load_drafter
 from d2sd_jax.io.models import read_target_config
-from d2sd_jax.io.tokenizer import _BYTE_OF, DEFAULT_SYSTEM
 
-_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_TOKENS = [*_MARKS, *sorted(_BYTE_OF), "he"]
 _CONFIG = """\
 from ml_collections import ConfigDict
 
@@ -29,20 +26,10 @@ def _no_compilation_cache(monkeypatch):
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-  config = dataclasses.replace(gguf_files._TINY, vocab_size=len(_TOKENS))
-  tokenizer = {
-    "model": "gpt2",
-    "pre": "smollm",
-    "tokens": _TOKENS,
-    "token_type": [3] * len(_MARKS) + [1] * (len(_TOKENS) - len(_MARKS)),
-    "merges": ["h e"],
-  }
-  metadata = {f"tokenizer.ggml.{k}": v for k, v in tokenizer.items()}
-  template = f"<|im_start|>system {DEFAULT_SYSTEM}"
-  metadata |= {"tokenizer.chat_template": template}
-  metadata |= gguf_files._metadata(config)
+  config = dataclasses.replace(tiny.GGUF_TARGET, vocab_size=len(tiny.TOKENS))
+  metadata = tiny.tokenizer_metadata() | tiny.gguf_metadata(config)
   path = tmp_path_factory.mktemp("target") / "tiny.gguf"
-  return gguf_files._write(path, metadata, gguf_files._tensors(config))
+  return tiny.write_gguf(path, metadata, tiny.gguf_tensors(config))
 
 
 @pytest.fixture
@@ -95,8 +82,12 @@ def _export(workdir):
 
 def _metrics(workdir):
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  timeless = lambda line: line.pop("seconds_per_step") and line
-  return [timeless(json.loads(line)) for line in lines]
+  timed = ("seconds_per_step", "model_tflops_per_second")
+  assert all(json.loads(line).keys() >= set(timed) for line in lines)
+  return [
+    {k: v for k, v in json.loads(line).items() if k not in timed}
+    for line in lines
+  ]
 
 
 def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
@@ -128,7 +119,8 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
 
   monkeypatch.setattr(train, "evaluate", stop_at_the_second)
   assert run("stopped")[0] == 130
-  assert not (tmp_path / "stopped" / "export").exists()
+  # The export is the checkpoint's: step 4, not yet the last.
+  assert _export(tmp_path / "stopped") != _export(tmp_path / "straight")
   monkeypatch.setattr(train, "evaluate", evaluate)
   status, error = run("stopped")
   assert status == 0
@@ -140,6 +132,14 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
   assert status == 2
   assert "learning_rate" in error
 
+  with (tmp_path / "corpus.jsonl").open("a") as lines:
+    lines.write("\n")
+  status, error = run("stopped")
+  assert (status, error.count("\n")) == (2, 1)
+  assert "corpus_sha256" in error
+  assert _metrics(tmp_path / "stopped") == metrics
+  assert _export(tmp_path / "stopped") == _export(tmp_path / "straight")
+
 
 @pytest.mark.parametrize(
   ("overrides", "told"),
@@ -148,21 +148,61 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
     ({"heldout": "/none.jsonl"}, "heldout='/none.jsonl'"),
     ({"target": "/none.gguf"}, "target='/none.gguf'"),
     ({"init_from": "/none"}, "init_from='/none'"),
+    ({"init_from": "/"}, "init_from='/': expected a folder with config.json"),
+    ({"num_layers": 9}, "num_layers=9"),
     ({"role": "trunk"}, "role='trunk'"),
     ({"anchors": 3}, "config key 'anchors'"),
     ({"num_steps": "many"}, "num_steps='many'"),
     ({"num_anchors": 48}, "num_anchors=48"),
     ({"mask_token_id": 260}, "mask_token_id=260"),
+    (
+      {"mask_token_id": 2},
+      "mask_token_id=2: expected an id that marks no turn",
+    ),
     ({"target_layer_ids": "(2,)"}, "target_layer_ids"),
     ({"batch_size": 7}, "batch_size = 7"),
   ],
 )
-def test_a_mistake_is_one_line_and_status_2(run, overrides, told):
+def test_a_mistake_is_one_line_and_status_2(run, tmp_path, overrides, told):
   status, error = run("run", **overrides)
   assert status == 2
   assert error.startswith("error: ")
   assert error.count("\n") == 1
   assert told in error
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["corpus", "heldout"])
+def test_a_file_without_a_usable_line_is_named_by_its_field(
+  run, tmp_path, field
+):
+  (tmp_path / f"{field}.jsonl").write_text("\n")
+  status, error = run("run")
+  assert status == 2
+  assert error.startswith(f"error: {field}='")
+
+
+def test_a_workdir_that_cannot_be_written_is_told_first(
+  run, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train, "target_path", lambda _: pytest.fail("fetched"))
+  (tmp_path / "file").touch()
+  status, error = run("file/run")
+  assert (status, error.count("\n")) == (2, 1)
+  assert error.startswith("error: workdir='")
+
+
+def test_metrics_are_cut_at_the_checkpoint_or_refused(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 2}\n{"step": 4}\n{"step": 5, "lo')
+  train.open_metrics(path, 3).close()
+  assert path.read_text() == '{"step": 2}\n'
+  for damaged in ("{}", "[3]", '{"step": 1}}', '{"step": "1"}', "\0"):
+    text = f'{damaged}\n{{"step": 2}}\n'
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"metrics\.jsonl, line 1: expected"):
+      train.open_metrics(path, 3)
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize("field", ["corpus", "heldout"])

@@ -5,16 +5,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
 from d2sd_jax.decoding.policies import denoise
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import UsageError
+from d2sd_jax.training import losses as losses_module
 from d2sd_jax.training.blocks import (
   Conversations,
   is_anchor,
   make_blocks,
+  pace_weights,
   sample_anchors,
   sample_prefix_lengths,
   slot_weights,
@@ -23,8 +26,9 @@ from d2sd_jax.training.losses import (
   accepted_lengths,
   block_loss,
   default_loss_decay,
+  token_losses,
 )
-from d2sd_jax.training.step import block_logits
+from d2sd_jax.training.step import block_hidden
 
 _MASK = 99
 
@@ -131,6 +135,15 @@ def test_slot_weights_by_hand():
   np.testing.assert_allclose(slot_weights(blocks, 3.0), expected, rtol=1e-6)
 
 
+def test_pace_weights_by_hand():
+  supervised = np.array([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
+  probability = np.array([[0.2, 0.6, 1.0, 0.5]] * 3, np.float32)
+  # q is 0.6, 0.8, 1, 0.75; the products of row 0 are 0.6, 0.48, 0.48.
+  expected = [[1.56, 0.96, 0.48, 0], [0, 0, 1.75, 0.75], [0, 0, 0, 0]]
+  got = pace_weights(jnp.asarray(supervised), jnp.asarray(probability))
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_default_loss_decay():
   assert [default_loss_decay(n) for n in (8, 10, 16)] == [4, 5, 7]
   assert default_loss_decay(13) == 6
@@ -141,6 +154,9 @@ def test_block_loss_is_the_weighted_mean(normalizer):
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(3, 2, 4, 7)).astype(np.float32)
   labels = rng.integers(0, 7, (3, 2, 4))
+  losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+    logits, labels
+  )
   weights = rng.uniform(0.1, 1, (3, 2, 4)).astype(np.float32)
   weights[0] = 0  # A sequence without a block is no example.
   weights[1, 0] = 0
@@ -153,15 +169,52 @@ def test_block_loss_is_the_weighted_mean(normalizer):
     "example": (ratio(1) + ratio(2)) / 2,
   }
   assert abs(expected["batch"] - expected["example"]) > 0.01
-  got = block_loss(logits, labels, weights, normalizer)
+  got = block_loss(losses, weights, normalizer)
   np.testing.assert_allclose(got, expected[normalizer], rtol=1e-5)
-  assert block_loss(logits, labels, 0 * weights, normalizer) == 0
+  assert block_loss(losses, 0 * weights, normalizer) == 0
 
 
 def test_an_unknown_normalizer_is_refused():
   zeros = jnp.zeros((1, 1, 2))
   with pytest.raises(UsageError, match="loss_normalizer='row'"):
-    block_loss(zeros[..., None], zeros.astype(int), zeros, "row")
+    block_loss(zeros, zeros, "row")
+
+
+@pytest.mark.parametrize("most", [5, 8, 100])
+def test_token_losses_are_those_of_all_logits_at_once(monkeypatch, most):
+  # 24 rows in parts of 5 (with filling), 8, and all of them.
+  monkeypatch.setattr(losses_module, "MAX_ROWS", most)
+  rng = np.random.default_rng(0)
+  hidden = rng.normal(size=(3, 2, 4, 5)).astype(np.float32)
+  table = rng.normal(size=(5, 7)).astype(np.float32)
+  labels = rng.integers(0, 7, (3, 2, 4))
+  weights = rng.normal(size=(3, 2, 4)).astype(np.float32)
+  head = lambda rows: rows @ table
+
+  def mine(hidden):
+    loss, correct = token_losses(head, hidden, labels)
+    return (loss * weights).sum(), (loss, correct)
+
+  def plain(hidden):
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels(
+      head(hidden), labels
+    )
+    return (loss * weights).sum(), (loss, head(hidden).argmax(-1) == labels)
+
+  got, slope = jax.jit(jax.grad(mine, has_aux=True))(hidden)[::-1]
+  expected, expected_slope = jax.grad(plain, has_aux=True)(hidden)[::-1]
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+  np.testing.assert_array_equal(got[1], expected[1])
+  assert 0 < got[1].sum() < labels.size
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-5)
+
+
+def test_a_label_far_from_the_best_keeps_the_loss_finite():
+  logits = jnp.array([[300.0, 0.0], [300.0, 0.0]])
+  head = lambda rows: rows
+  loss, correct = token_losses(head, logits, jnp.array([0, 1]))
+  assert loss.tolist() == [0, 80]
+  assert correct.tolist() == [True, False]
 
 
 def test_accepted_lengths_by_hand():
@@ -201,7 +254,7 @@ def _run(drafter, target, tokens, prefix_lengths):
     config.block_size,
     config.mask_token_id,
   )
-  return block_logits(drafter, target, batch, blocks)
+  return target.head(block_hidden(drafter, target, batch, blocks))
 
 
 def _logits(tokens, prefixes, config):

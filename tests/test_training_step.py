@@ -18,6 +18,7 @@ from d2sd_jax.training.data import (
   make_dataset,
   read_conversations,
 )
+from d2sd_jax.training.flops import step_flops
 from d2sd_jax.training.step import eval_step, init_train_state, train_step
 
 _CONFIG = TrainConfig(
@@ -53,6 +54,24 @@ def records(tmp_path):
   count = lambda i: [(3 * j + i) % 20 + 30 for j in range(16)]
   lines = [_record(count(i)[:4], count(i)[4 : 12 + i % 4]) for i in range(11)]
   return read_conversations(_write(tmp_path / "c.jsonl", lines), 18)
+
+
+def test_step_flops_by_hand():
+  # Width 24, 6 + 6 + 2 + 2 heads of 8, MLP 40: a target layer's weights.
+  target = 24 * 16 * 8 + 3 * 24 * 40
+  # 4 + 4 + 1 + 1 heads of 10, MLP 28.
+  drafter = 24 * 10 * 10 + 3 * 24 * 28
+  tokens, slots = 8 * 18, 8 * 6 * 5
+  expected = [
+    2 * 3 * target * tokens,
+    4 * 3 * 6 * 8 * 9 * tokens,
+    6 * (2 * 24 * 24 + 2 * 24 * 10) * tokens,
+    6 * drafter * slots,
+    12 * 4 * 10 * (9 + 5) * slots,
+    4 * 24 * 61 * 8 * 6 * 4,
+  ]
+  got = step_flops(_CONFIG, tiny.TARGET, tiny.VP)
+  assert got == pytest.approx(sum(expected))
 
 
 def _start():
@@ -115,6 +134,37 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     Checkpointer(tmp_path, other)
 
 
+@pytest.mark.parametrize("field", ["corpus", "heldout"])
+def test_data_may_move_but_not_change(tmp_path, field):
+  before, moved = _write(tmp_path / "a", ["one"]), tmp_path / "b"
+  config = dataclasses.replace(_CONFIG, **{field: str(before)})
+  Checkpointer(tmp_path / "run", config).close()
+  before.rename(moved)
+  config = dataclasses.replace(_CONFIG, **{field: str(moved)})
+  Checkpointer(tmp_path / "run", config).close()
+  _write(moved, ["two"])
+  with pytest.raises(UsageError, match=f"{field}_sha256='.*expected '"):
+    Checkpointer(tmp_path / "run", config)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+  _, state = _start()
+  checkpointer = Checkpointer(tmp_path, _CONFIG)
+  checkpointer.save(state)
+  checkpointer.close()
+  for path in (tmp_path / "checkpoints" / "0").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  with pytest.raises(UsageError, match="checkpoints/0: expected a whole"):
+    Checkpointer(tmp_path, _CONFIG).restore(state)
+
+
+def test_checkpoints_that_are_no_folder_are_refused(tmp_path):
+  (tmp_path / "checkpoints").touch()
+  with pytest.raises(UsageError, match="checkpoints': expected a folder"):
+    Checkpointer(tmp_path, _CONFIG)
+
+
 def test_records_are_cut_padded_or_dropped(tmp_path):
   lines = [
     _record([1, 2], [3, 4, 5]),
@@ -132,6 +182,26 @@ def test_records_are_cut_padded_or_dropped(tmp_path):
   ]
   assert [int(r["prompt_lengths"]) for r in got] == [2, 3, 4]
   assert [int(r["lengths"]) for r in got] == [5, 6, 6]
+  for part in (got[1:], got[1:9], got[-2:]):
+    assert [int(r["prompt_lengths"]) for r in part] == [3, 4]
+    np.testing.assert_array_equal(part[-1]["tokens"], got[2]["tokens"])
+  assert len(got[2:1]) == 0
+  with pytest.raises(IndexError):
+    got[3]
+
+
+@pytest.mark.parametrize(
+  ("vocab_size", "dtype"),
+  [(None, np.int32), (65537, np.int32), (65536, np.uint16)],
+)
+def test_tokens_are_kept_small(tmp_path, vocab_size, dtype):
+  lines = [_record([1], [65535, 2]), _record([7, 65534], [3, 4, 5])]
+  path = _write(tmp_path / "c.jsonl", lines)
+  got = read_conversations(path, 6, vocab_size=vocab_size)
+  assert got.tokens.dtype == dtype
+  assert got.tokens.tolist() == [1, 65535, 2, 7, 65534, 3, 4, 5]
+  assert got[0]["tokens"].dtype == np.int32
+  assert got[0]["tokens"].tolist() == [1, 65535, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +213,7 @@ def test_records_are_cut_padded_or_dropped(tmp_path):
     ('{"prompt_tokens": [1], "tokens": 5}', "not iterable"),
     ('{"prompt_tokens": [1], "tokens": [2, true]}', "whole number"),
     ('{"prompt_tokens": [1], "tokens": [2, 61]}', "below 61"),
+    ('{"prompt_tokens": [1], "tokens": [2, 3.0]}', "whole number"),
     ('{"prompt_tokens": [-1], "tokens": [2, 3]}', "whole number"),
   ],
 )

@@ -151,3 +151,29 @@ def slot_weights(
   slots = jnp.arange(blocks.inputs.shape[-1], dtype=jnp.float32)
   distance = slots - blocks.prefix_lengths[:, :, None] - 1
   return jnp.where(blocks.supervised, jnp.exp(-distance / loss_decay), 0.0)
+
+
+def pace_weights(
+  supervised: Bool[Array, "*n slots"],
+  label_probability: Float[Array, "*n slots"],
+  smoothing: float = 0.5,
+) -> Float[Array, "*n slots"]:
+  """D-PACE: weighs a slot by the accepted tokens that hang on it.
+
+  `w_j = sum_{m>=j} prod_{i<=m} q_i` over supervised slots, with q the drafter's
+  probability of the label, pulled towards 1. Expected accepted length is the
+  same sum over all m; its gradient reaches slot j through the terms m >= j.
+
+  Args:
+    supervised: slots that count; the product starts at the first of them.
+    label_probability: the drafter's, detached.
+    smoothing: a; q is `(1 - a) q + a`, lest one bad slot hide all later ones.
+
+  Returns:
+    float32 weights, 0 where nothing is supervised.
+  """
+  pulled = (1 - smoothing) * label_probability + smoothing
+  reached = jnp.cumprod(jnp.where(supervised, pulled, 1.0), axis=-1)
+  reached = jnp.where(supervised, reached, 0.0)
+  total = jnp.cumsum(reached[..., ::-1], axis=-1)[..., ::-1]
+  return jnp.where(supervised, total, 0.0)

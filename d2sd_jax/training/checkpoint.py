@@ -1,6 +1,7 @@
 """Checkpoints of a run: the whole state, and the config it belongs to."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,11 +10,16 @@ import orbax.checkpoint as ocp
 
 from d2sd_jax.config import TrainConfig
 from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.paths import atomic_write, user_path
+from d2sd_jax.io.paths import atomic_write, check_writable, user_path
 from d2sd_jax.training.step import TrainState
 
+# Files whose contents, not whose names, a continuation must share.
+DATA_FIELDS = ("corpus", "heldout")
 # Fields that may change between a run and its continuation.
-FREE_FIELDS = ("log_every", "eval_every", "eval_sequences", "checkpoint_every")
+FREE_FIELDS = (
+  *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
+  *DATA_FIELDS,
+)
 
 
 class Checkpointer:
@@ -23,7 +29,8 @@ class Checkpointer:
     """Opens `workdir`, or refuses one that holds another run.
 
     Raises:
-      UsageError: the directory belongs to a run with another config.
+      UsageError: the directory belongs to a run with another config, or on
+        other data.
     """
     self.workdir = user_path(workdir).resolve()
     check_workdir(self.workdir, config)
@@ -42,13 +49,25 @@ class Checkpointer:
       self.manager.save(step, args=ocp.args.StandardSave(_as_dict(state)))
 
   def restore(self, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, or `state` where there is none."""
+    """The newest whole checkpoint, or `state` where there is none.
+
+    Raises:
+      UsageError: the newest checkpoint is damaged.
+    """
     step = self.manager.latest_step()
     if step is None:
       return state
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_dict(state))
     args = ocp.args.StandardRestore(like)
-    return TrainState(**self.manager.restore(step, args=args))
+    try:
+      return TrainState(**self.manager.restore(step, args=args))
+    except Exception as error:  # Orbax raises whatever it meets
+      self.close()
+      raise UsageError(
+        f"{self.workdir / 'checkpoints' / str(step)}: expected a whole"
+        " checkpoint; delete it to go on from the one before, if any"
+        f" ({type(error).__name__}: {error})"
+      ) from error
 
   def close(self) -> None:
     """Waits for writes under way."""
@@ -57,9 +76,11 @@ class Checkpointer:
 
 
 def check_workdir(workdir: Path, config: TrainConfig) -> None:
-  """Raises `UsageError` if `workdir` holds a run with another config."""
-  usable = workdir.is_dir() or not workdir.exists()
-  require(usable, "workdir", str(workdir), "a folder, or a new name")
+  """Raises `UsageError` if `workdir` holds another run, or cannot hold one."""
+  for folder in (workdir, workdir / "checkpoints"):
+    usable = folder.is_dir() or not folder.exists()
+    require(usable, "workdir", str(folder), "a folder, or a new name")
+  check_writable("workdir", workdir, workdir)
   path = workdir / "config.json"
   if not path.is_file():
     return
@@ -77,8 +98,18 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
 
 
 def _plain(config: TrainConfig) -> dict:
-  """The config as JSON gives it back: lists for tuples."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
+  """The config as JSON gives it back, and the sha256 of the data."""
+  digests = {f"{k}_sha256": _sha256(getattr(config, k)) for k in DATA_FIELDS}
+  return json.loads(json.dumps(dataclasses.asdict(config))) | digests
+
+
+def _sha256(name: str) -> str | None:
+  """Checksum of a file; `None` where there is none."""
+  path = user_path(name)
+  if not path.is_file():
+    return None
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _as_dict(state: TrainState) -> dict:

@@ -1,5 +1,7 @@
 """Conversations from JSON lines, shuffled anew each epoch, by step number."""
 
+import array
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.paths import user_path
 from d2sd_jax.training.blocks import Conversations
+from d2sd_jax.training.manifest import corpus_files
 
 
 class Tokenizer(Protocol):
@@ -27,13 +30,54 @@ class Tokenizer(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Records(Sequence[dict[str, np.ndarray]]):
+  """Conversations end to end in one array; each is padded when it is asked for.
+
+  Attributes:
+    tokens: prompt and answer of one after another, uint16 if ids allow it.
+    offsets: [n + 1]; conversation i is `tokens[offsets[i] : offsets[i + 1]]`.
+    prompt_lengths: [n], int32.
+    max_length: T, length to pad to.
+  """
+
+  tokens: np.ndarray
+  offsets: np.ndarray
+  prompt_lengths: np.ndarray
+  max_length: int
+
+  def __len__(self) -> int:
+    return len(self.prompt_lengths)
+
+  def __getitem__(self, index: Any) -> Any:
+    """One conversation as fields of `Conversations`; of a slice, `Records`."""
+    if isinstance(index, slice):
+      first, last, step = index.indices(len(self))
+      require(step == 1, "step", step, "1")
+      offsets = self.offsets[first : max(first, last) + 1]
+      lengths = self.prompt_lengths[first:last]
+      return dataclasses.replace(self, offsets=offsets, prompt_lengths=lengths)
+    if not -len(self) <= index < len(self):
+      raise IndexError(index)
+    index = index % len(self)
+    ids = self.tokens[self.offsets[index] : self.offsets[index + 1]]
+    tokens = np.zeros((self.max_length,), np.int32)
+    tokens[: len(ids)] = ids
+    return {
+      "tokens": tokens,
+      "prompt_lengths": self.prompt_lengths[index],
+      "lengths": np.int32(len(ids)),
+    }
+
+
 def read_conversations(
   path: str | Path,
   max_length: int,
   tokenizer: Tokenizer | None = None,
   vocab_size: int | None = None,
-) -> list[dict[str, np.ndarray]]:
-  """Reads a file of conversations, padded to `max_length`.
+  field: str = "corpus",
+) -> Records:
+  """Reads a file of conversations.
 
   A line is an object with `prompt_tokens` and `tokens`, the ids as they were
   sampled (best), or with `messages` whose last turn is the assistant's answer.
@@ -41,41 +85,36 @@ def read_conversations(
   answer tokens drops its line.
 
   Args:
-    path: JSON lines.
+    path: JSON lines, or the manifest of a corpus in several files.
     max_length: T.
     tokenizer: for lines without ids.
     vocab_size: ids must be below it, if given.
+    field: what an error calls the file: the config's field it came from.
 
   Raises:
-    UsageError: no such file, a malformed line (with its number), or nothing
-      left to train on.
+    UsageError: no such file, one that does not fit its manifest, a malformed
+      line (with its number), or nothing left to train on.
   """
   path = user_path(path)
-  require(path.is_file(), "corpus", str(path), "a file of JSON lines")
-  records = []
-  with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        prompt, answer = _ids(json.loads(line), tokenizer)
-        _check_ids(prompt + answer, vocab_size)
-      except (
-        *(ValueError, TypeError, KeyError),
-        *(AttributeError, RecursionError),
-      ) as error:
-        raise UsageError(
-          f"{path}, line {number}: expected a conversation ({error})"
-        ) from error
-      if len(prompt) + 2 <= max_length and len(answer) >= 2:
-        records.append(_pad(prompt, answer, max_length))
-  require(bool(records), "corpus", str(path), "at least one usable line")
-  return records
+  tokens, lengths, prompt_lengths = (array.array("i") for _ in range(3))
+  files = corpus_files(path, field)
+  for prompt, answer in _read_lines(files, tokenizer, vocab_size):
+    if len(prompt) + 2 <= max_length and len(answer) >= 2:
+      ids = (prompt + answer)[:max_length]
+      tokens.extend(ids)
+      lengths.append(len(ids))
+      prompt_lengths.append(len(prompt))
+  require(bool(lengths), field, str(path), "at least one usable line")
+  small = vocab_size is not None and vocab_size <= 2**16
+  return Records(
+    tokens=np.array(tokens, np.uint16 if small else np.int32),
+    offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    prompt_lengths=np.array(prompt_lengths, np.int32),
+    max_length=max_length,
+  )
 
 
-def make_dataset(
-  records: Sequence[dict[str, np.ndarray]], batch_size: int, seed: int
-) -> Any:
+def make_dataset(records: Records, batch_size: int, seed: int) -> Any:
   """An endless dataset of batches: `dataset[step]` is a pure function.
 
   That is what makes resuming exact: the position in the data is the step.
@@ -97,9 +136,7 @@ def make_dataset(
   return batched.map(lambda batch: Conversations(**batch))
 
 
-def eval_batches(
-  records: Sequence[dict[str, np.ndarray]], batch_size: int
-) -> Iterator[Conversations]:
+def eval_batches(records: Records, batch_size: int) -> Iterator[Conversations]:
   """All records once, in order; the last batch is filled with empty rows."""
   for start in range(0, len(records), batch_size):
     rows = list(records[start : start + batch_size])
@@ -107,6 +144,28 @@ def eval_batches(
     rows += [empty] * (batch_size - len(rows))
     fields = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
     yield Conversations(**fields)
+
+
+def _read_lines(
+  files: Sequence[Path], tokenizer: Tokenizer | None, vocab_size: int | None
+) -> Iterator[tuple[list[int], list[int]]]:
+  """Prompt and answer ids of every line, checked."""
+  for path in files:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+      for number, line in enumerate(lines, 1):
+        if not line.strip():
+          continue
+        try:
+          prompt, answer = _ids(json.loads(line), tokenizer)
+          _check_ids(prompt + answer, vocab_size)
+        except (
+          *(ValueError, TypeError, KeyError),
+          *(AttributeError, RecursionError),
+        ) as error:
+          raise UsageError(
+            f"{path}, line {number}: expected a conversation ({error})"
+          ) from error
+        yield prompt, answer
 
 
 def _ids(
@@ -128,19 +187,8 @@ def _ids(
 
 def _check_ids(ids: list[int], vocab_size: int | None) -> None:
   """Token ids are whole numbers of the vocabulary."""
-  if not all(type(i) is int and i >= 0 for i in ids):
+  if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
     raise ValueError("a token id is not a whole number")
-  if vocab_size is not None and max(ids, default=0) >= vocab_size:
-    raise ValueError(f"a token id is not below {vocab_size}")
-
-
-def _pad(prompt: list[int], answer: list[int], size: int):
-  """One record as arrays of static shape."""
-  ids = (prompt + answer)[:size]
-  tokens = np.zeros((size,), np.int32)
-  tokens[: len(ids)] = ids
-  return {
-    "tokens": tokens,
-    "prompt_lengths": np.int32(len(prompt)),
-    "lengths": np.int32(len(ids)),
-  }
+  limit = 2**31 if vocab_size is None else vocab_size
+  if max(ids, default=0) >= limit:
+    raise ValueError(f"a token id is not below {limit}")

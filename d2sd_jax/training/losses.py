@@ -1,11 +1,21 @@
 """The distillation loss and what is measured beside it."""
 
+import math
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from einops import rearrange
 
 from d2sd_jax.errors import require
 from d2sd_jax.typing import Array, Bool, Float, Int
+
+NORMALIZERS = ("batch", "example")
+# Rows whose logits are in memory at a time.
+MAX_ROWS = 8192
+# Largest difference of logits that is told apart: e^80 is still finite.
+MAX_DIFFERENCE = 80.0
 
 
 def default_loss_decay(block_size: int) -> float:
@@ -13,17 +23,74 @@ def default_loss_decay(block_size: int) -> float:
   return float(np.interp(block_size, [8, 10, 16], [4.0, 5.0, 7.0]))
 
 
+def token_losses(
+  head: Callable[[Float[Array, "rows D"]], Float[Array, "rows V"]],
+  hidden: Float[Array, "*n D"],
+  labels: Int[Array, "*n"],
+) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
+  """Cross-entropy of a frozen head's logits, which never exist all at once.
+
+  The gradient of a row's loss, `(softmax - onehot) head^T`, is known as soon
+  as its logits are. So logits are made for some rows at a time, once, and the
+  gradient is attached to `hidden`; a backward pass has nothing to recompute.
+
+  Args:
+    head: float32 logits of rows, each on its own; gets no gradient itself.
+    hidden: what the head reads.
+    labels: the right token of each row.
+
+  Returns:
+    float32 losses, differentiable in `hidden`, and whether the label is the
+    argmax (or equal to it).
+  """
+  rows = math.prod(labels.shape)
+  count = math.ceil(rows / MAX_ROWS)
+  size = math.ceil(rows / count)
+  flat_hidden = jax.lax.stop_gradient(hidden).reshape(rows, -1)
+  cut = lambda x: rearrange(
+    jnp.pad(x, ((0, count * size - rows), *[(0, 0)] * (x.ndim - 1))),
+    "(count size) ... -> count size ...",
+    count=count,
+  )
+  parts = jax.lax.map(
+    lambda part: _rows_loss(head, *part),
+    (cut(flat_hidden), cut(labels.reshape(rows))),
+  )
+  whole = lambda x: rearrange(x, "count size ... -> (count size) ...")[:rows]
+  loss, correct, slope = jax.tree.map(whole, parts)
+  # Worth zero, with the slope as its gradient.
+  delta = hidden - jax.lax.stop_gradient(hidden)
+  attached = jnp.einsum(
+    "...d,...d->...",
+    slope.reshape(hidden.shape),
+    delta,
+    preferred_element_type=jnp.float32,
+  )
+  return loss.reshape(labels.shape) + attached, correct.reshape(labels.shape)
+
+
+def _rows_loss(head, hidden, labels):
+  """Loss, whether the label is the best, and the loss's slope in `hidden`."""
+  logits, pull_back = jax.vjp(head, hidden)
+  # Measured from the label's own logit, the sum and the largest come out of
+  # one pass over the vocabulary.
+  differences = logits - jnp.take_along_axis(logits, labels[:, None], axis=-1)
+  ratios = jnp.exp(jnp.minimum(differences, MAX_DIFFERENCE))
+  total = ratios.sum(-1, keepdims=True)
+  is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
+  (slope,) = pull_back(ratios / total - is_label)
+  return jnp.log(total[:, 0]), differences.max(-1) <= 0, slope
+
+
 def block_loss(
-  logits: Float[Array, "B A slots V"],
-  labels: Int[Array, "B A slots"],
+  losses: Float[Array, "B A slots"],
   weights: Float[Array, "B A slots"],
   normalizer: str = "batch",
 ) -> Float[Array, ""]:
-  """Weighted cross-entropy, `Σ w CE / Σ w` (Eq. 7), in float32.
+  """Weighted mean of the slots' losses, `Σ w CE / Σ w` (Eq. 7).
 
   Args:
-    logits: of the drafter, at the slots' own positions.
-    labels: the target's tokens there.
+    losses: float32 cross-entropy of each slot.
     weights: from `slot_weights`.
     normalizer: `batch`, one ratio over all sequences; `example`, the mean over
       sequences of each one's ratio.
@@ -31,16 +98,15 @@ def block_loss(
   Raises:
     UsageError: the normalizer is unknown.
   """
-  known = ("batch", "example")
   require(
-    normalizer in known, "loss_normalizer", normalizer, " or ".join(known)
-  )
-  loss = optax.losses.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), labels
+    normalizer in NORMALIZERS,
+    "loss_normalizer",
+    normalizer,
+    " or ".join(NORMALIZERS),
   )
   axes = None if normalizer == "batch" else (1, 2)
   total = weights.sum(axes)
-  ratio = (loss * weights).sum(axes) / jnp.where(total > 0, total, 1.0)
+  ratio = (losses * weights).sum(axes) / jnp.where(total > 0, total, 1.0)
   some = total > 0
   return jnp.where(some, ratio, 0.0).sum() / jnp.maximum(some.sum(), 1)
 

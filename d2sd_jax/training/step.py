@@ -17,6 +17,7 @@ from d2sd_jax.training.blocks import (
   Conversations,
   is_anchor,
   make_blocks,
+  pace_weights,
   sample_anchors,
   sample_prefix_lengths,
   slot_weights,
@@ -25,6 +26,7 @@ from d2sd_jax.training.losses import (
   accepted_lengths,
   block_loss,
   default_loss_decay,
+  token_losses,
 )
 from d2sd_jax.typing import Array, Float
 
@@ -46,12 +48,20 @@ class TrainState:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW behind a clip, on a cosine with linear warm-up."""
+  """AdamW, or Muon for the matrices, behind a clip; cosine with warm-up."""
   schedule = learning_rate_schedule(config)
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay),
-  )
+  if config.optimizer == "adamw":
+    update = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
+  else:
+    # Updates as large as AdamW's usually are, so that learning rates carry
+    # over (arXiv 2502.16982).
+    update = optax.contrib.muon(
+      schedule,
+      weight_decay=config.weight_decay,
+      adam_b2=0.95,
+      consistent_rms=0.2,
+    )
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
 def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
@@ -73,10 +83,10 @@ def init_train_state(
   return graphdef, state
 
 
-def block_logits(
+def block_hidden(
   drafter: Drafter, target: Target, batch: Conversations, blocks: Blocks
-) -> Float[Array, "B A slots V"]:
-  """Logits of slots 1..γ-1 of all blocks, exactly as decoding makes them.
+) -> Float[Array, "B A slots D"]:
+  """Slots 1..γ-1 of all blocks, ready for the head, just as in decoding.
 
   The target runs over the whole sequence once; a block sees the features of
   tokens strictly before its anchor, and nothing of other blocks.
@@ -99,7 +109,7 @@ def block_logits(
   hidden = drafter(
     target.embed(blocks.inputs), blocks.positions, context, blocks.anchors
   )
-  return target.head(hidden[:, :, 1:])
+  return hidden[:, :, 1:]
 
 
 @functools.partial(
@@ -137,11 +147,11 @@ def train_step(
   def loss_fn(params):
     compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
     drafter = nnx.merge(graphdef, compute)
-    logits = block_logits(drafter, target, batch, blocks)
-    weights = slot_weights(blocks, loss_decay(config))[:, :, 1:]
+    hidden = block_hidden(drafter, target, batch, blocks)
     labels = blocks.labels[:, :, 1:]
-    loss = block_loss(logits, labels, weights, config.loss_normalizer)
-    return loss, jnp.argmax(logits, -1) == labels
+    losses, correct = token_losses(target.head, hidden, labels)
+    weights = block_weights(blocks, losses, config)
+    return block_loss(losses, weights, config.loss_normalizer), correct
 
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   (loss, correct), grads = value_and_grad(state.params)
@@ -188,8 +198,9 @@ def eval_step(
     lengths = draw_prefixes(jax.random.key(0), anchors.shape, config)
     valid = is_anchor(row)
     blocks = cut(row, anchors, valid, lengths, config)
-    logits = block_logits(drafter, target, row, blocks)
-    correct = jnp.argmax(logits, -1) == blocks.labels[:, :, 1:]
+    hidden = block_hidden(drafter, target, row, blocks)
+    labels = blocks.labels[:, :, 1:]
+    _, correct = token_losses(target.head, hidden, labels)
     supervised = blocks.supervised[:, :, 1:]
     # An anchor whose visible prefix reaches the end has nothing to draft.
     counted = supervised.any(-1)
@@ -201,6 +212,16 @@ def eval_step(
     }
 
   return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
+
+
+def block_weights(
+  blocks: Blocks, losses: Float[Array, "B A slots"], config: TrainConfig
+) -> Float[Array, "B A slots"]:
+  """Weights of slots 1..γ-1 by the run's rule; no gradient runs through."""
+  if config.slot_weighting == "d_pace":
+    probability = jnp.exp(-jax.lax.stop_gradient(losses))
+    return pace_weights(blocks.supervised[:, :, 1:], probability)
+  return slot_weights(blocks, loss_decay(config))[:, :, 1:]
 
 
 def draw_prefixes(key: Array, shape: tuple[int, ...], config: TrainConfig):

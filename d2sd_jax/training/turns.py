@@ -1,138 +1,152 @@
-"""User turns of a corpus: how they begin, and which are kept."""
+"""User turns of a corpus, from what the target or a source of prompts wrote."""
 
-import json
-import re
+import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from d2sd_jax.errors import UsageError, require
-
-DUPLICATE_NGRAM = 8
-EXCLUDED_NGRAM = 13
-
-OPENINGS = (
-  *("Write a Python function", "Write a program that", "Fix this code:"),
-  *("def", "How do I use", "What does this code do?", "Write a SQL query"),
-  *("A store sells", "A train", "How many", "Calculate", "There are"),
-  *("Sarah has", "A farmer", "Solve the equation"),
-  *("Explain", "Explain how", "Why do", "What is the difference between"),
-  *("Summarize the following text:", "Summarize this article:"),
-  *("List", "Give me a list of", "What are the main", "Name five"),
-  *("Rewrite the following", "Correct the grammar:", "Translate"),
-  *("Can you give me advice on", "How can I", "I'm planning"),
-  *("Write a short story about", "Write an email", "Write a poem about"),
-  *("Imagine you are", "Pretend to be", "Describe"),
-  *("Compare", "What are the pros and cons of"),
-  *("Who was", "When did", "Where is", "What is the"),
+from d2sd_jax.errors import require
+from d2sd_jax.training.openings import (
+  DOCSTRING_END,
+  FENCE_END,
+  KINDS,
+  Opening,
 )
+from d2sd_jax.training.writer import Written
+
+SYNTHESIS = "self-synthesis"
 
 
-def words(text: str) -> list[str]:
-  """Lower-case words of a text, punctuation left out."""
-  return re.findall(r"\w+", text.lower())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Turn:
+  """A user's turn.
 
-
-def ngrams(tokens: Sequence[str], size: int) -> list[tuple[str, ...]]:
-  """All n-grams in order; a shorter text is a single one."""
-  starts = range(max(len(tokens) - size, 0) + 1)
-  return [tuple(tokens[i : i + size]) for i in starts]
-
-
-class TurnFilter:
-  """Decides which turns are kept; remembers those that were.
-
-  A turn is a near-duplicate if more than half of its word 8-grams were seen,
-  and excluded if it shares a word 13-gram with an excluded prompt. Of a
-  shorter text all words count as one n-gram.
+  Attributes:
+    text: the user's own words; n-grams are counted in these.
+    before, after: words of a format around them.
+    kind: which opening it had, or the source of the prompt.
+    prompt_length: tokens of the prompt that the turn becomes.
   """
 
-  def __init__(self, excluded: Iterable[str] = ()):
-    self._seen: set[tuple[str, ...]] = set()
-    self._excluded = {
-      gram for text in excluded for gram in ngrams(words(text), EXCLUDED_NGRAM)
-    }
+  text: str
+  before: str = ""
+  after: str = ""
+  kind: str
+  prompt_length: int = 0
 
-  def reject(self, text: str) -> str:
-    """Why a turn is dropped; empty if it is kept, and then remembered."""
-    tokens = words(text)
-    if not tokens:
-      return "empty"
-    if not self._excluded.isdisjoint(ngrams(tokens, EXCLUDED_NGRAM)):
-      return "excluded"
-    grams = ngrams(tokens, DUPLICATE_NGRAM)
-    if 2 * sum(gram in self._seen for gram in grams) > len(grams):
-      return "duplicate"
-    self._seen.update(grams)
-    return ""
+  @property
+  def prompt(self) -> str:
+    """The whole turn."""
+    return f"{self.before}{self.text}{self.after}"
 
 
-def read_excluded(path: str | None) -> list[str]:
-  """User texts of a prompts file (`prompt` or `messages` on every line).
+def turn_prefixes(tokenizer: Any, max_tokens: int) -> dict[str, list[int]]:
+  """Ids of the chat format up to a user's turn, for every opening's words.
+
+  Args:
+    tokenizer: the target's; see `ChatTokenizer`.
+    max_tokens: most ids that a prefix may have.
 
   Raises:
-    UsageError: the file is missing, or a line of it is malformed.
+    UsageError: one is longer.
   """
-  if path is None:
-    return []
-  require(Path(path).is_file(), "exclude", path, "a file of JSON lines")
-  texts: list[str] = []
-  with open(path, encoding="utf-8") as file:
-    for number, line in enumerate(file, 1):
-      try:
-        record = json.loads(line)
-        texts += (
-          [record["prompt"] + ""]
-          if "prompt" in record
-          else [
-            m["content"] + "" for m in record["messages"] if m["role"] == "user"
-          ]
-        )
-      except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-          f"{path}, line {number}: expected a JSON object with prompt or"
-          " messages"
-        ) from error
-  return texts
+  prefixes = {}
+  for opening in (opening for _, group in KINDS.values() for opening in group):
+    begun = opening.before + opening.start
+    prefixes[begun] = turn_prefix(tokenizer, begun)
+  longest = max(map(len, prefixes.values()))
+  fits = longest <= max_tokens
+  require(fits, "max_prefix_tokens", max_tokens, f"{longest} or more")
+  return prefixes
 
 
-def turn_prefix(tokenizer: Any, opening: str) -> list[int]:
-  """Ids of the chat format up to a user's turn that begins with `opening`."""
-  ids = tokenizer.encode_chat([{"role": "user", "content": opening}])
+def turn_prefix(tokenizer: Any, begun: str) -> list[int]:
+  """Ids of the chat format up to a user's turn that begins with `begun`."""
+  ids = tokenizer.encode_chat([{"role": "user", "content": begun}])
   turn_end = tokenizer.stop_ids[0]
   return ids[: len(ids) - 1 - ids[::-1].index(turn_end)]
 
 
-def draw_openings(count: int, seed: Sequence[int]) -> list[str]:
-  """How each turn of a batch begins; about half begin freely ("")."""
-  rng = np.random.default_rng(list(seed))
-  chosen = rng.integers(len(OPENINGS), size=count)
-  free = rng.random(count) < 0.5
-  pairs = zip(chosen, free, strict=True)
-  return ["" if is_free else OPENINGS[i] for i, is_free in pairs]
-
-
-def read_turn(
-  tokenizer: Any, opening: str, ids: Sequence[int], max_prompt_tokens: int
-) -> tuple[str, str]:
-  """A turn's text, and why it cannot be used ("" if it can).
+def read_turns(
+  tokenizer: Any,
+  openings: Sequence[Opening],
+  written: Written,
+  max_prompt_tokens: int,
+) -> list[tuple[Turn, str]]:
+  """Every turn of a batch, and why it cannot be used ("" if it can).
 
   Args:
     tokenizer: the target's.
-    opening: what the text begins with.
-    ids: what the target wrote behind it.
-    max_prompt_tokens: longest prompt that the turn may become.
+    openings: what the turns begin with.
+    written: what the target wrote behind that.
+    max_prompt_tokens: longest prompt that a turn may become.
   """
-  *body, last = ids
-  if last != tokenizer.stop_ids[0]:
+  inside = np.arange(written.tokens.shape[1]) < written.lengths[:, None] - 1
+  special = np.isin(written.tokens, tokenizer.special_ids) & inside
+  garbled = np.any(special, axis=1).tolist()
+  turns = []
+  for opening, row, bad in zip(openings, written.rows(), garbled, strict=True):
+    finished = row[-1] == tokenizer.stop_ids[0]
+    text = opening.start + tokenizer.decode(row[:-1] if finished else row)
+    text, reason = own_text(opening, text, finished)
+    if not reason and (bad or "\ufffd" in text):
+      reason = "garbled"
+    turn = Turn(
+      text=text, before=opening.before, after=opening.after, kind=opening.kind
+    )
+    turns.append((turn, reason))
+  return measure(tokenizer, turns, max_prompt_tokens)
+
+
+def own_text(opening: Opening, text: str, finished: bool) -> tuple[str, str]:
+  """A turn's own text, cut where its format says, and why it is none.
+
+  Args:
+    opening: what it begins with.
+    text: all of it so far.
+    finished: whether the target ended it.
+  """
+  if opening.stop == DOCSTRING_END:
+    head, words, *rest = text.split(DOCSTRING_END)
+    whole = f"{head}{DOCSTRING_END}{words}{DOCSTRING_END}"
+    complete, shapely = bool(rest), bool(words.strip())
+  elif opening.stop == FENCE_END:
+    whole, complete = _first_function(text)
+    complete, shapely = complete or finished, "return " in whole
+  else:
+    whole, complete = text.strip(), finished
+    story = opening.kind == "arithmetic"
+    shapely = not story or any(map(str.isdigit, whole))
+  if not complete:
     return "", "unfinished"
-  text = (opening + tokenizer.decode(body)).strip()
-  if not text or text == opening:
-    return text, "empty"
-  if "\ufffd" in text or set(body) & set(tokenizer.special_ids):
-    return text, "garbled"
-  if len(tokenizer.encode_prompt(text)) > max_prompt_tokens:
-    return text, "long"
-  return text, ""
+  if whole in ("", opening.start):
+    return whole, "empty"
+  return whole, "" if shapely else "shapeless"
+
+
+def _first_function(text: str) -> tuple[str, bool]:
+  """A function's definition, and whether something stands behind it."""
+  code, *rest = text.split(FENCE_END)
+  head, *lines = code.split("\n")
+  inside = itertools.takewhile(lambda x: not x.strip() or x[0] == " ", lines)
+  body = list(inside)
+  whole = "\n".join([head, *body]).rstrip()
+  return whole, bool(rest) or len(body) < len(lines)
+
+
+def measure(
+  tokenizer: Any, turns: Iterable[tuple[Turn, str]], max_prompt_tokens: int
+) -> list[tuple[Turn, str]]:
+  """Counts the prompts' tokens, and refuses those that have too many."""
+  turns = list(turns)
+  usable = [turn.prompt for turn, reason in turns if not reason]
+  lengths = iter(map(len, tokenizer.encode_prompts(usable)))
+  measured = []
+  for turn, reason in turns:
+    if not reason:
+      turn = dataclasses.replace(turn, prompt_length=next(lengths))
+      reason = "long" if turn.prompt_length > max_prompt_tokens else ""
+    measured.append((turn, reason))
+  return measured
