@@ -16,25 +16,42 @@ TIE_MARGIN = 1e-3
 
 
 def cut_periodic_tail(tokens: Sequence[int]) -> list[int]:
-  """The tokens without their longest repeating tail.
+  """The tokens without their longest repeating tail; see below."""
+  row = np.asarray(tokens, np.int64).reshape(1, -1)
+  (kept,) = cut_periodic_tails(row, np.array([len(tokens)]))
+  return list(tokens[:kept])
+
+
+def cut_periodic_tails(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+  """How many first tokens of each row do not belong to a repeating tail.
 
   If the last m tokens satisfy x[j] = x[j-p] for some period p, with m >= 2p
-  and m >= 24, those m tokens are dropped; what they repeat is kept.
+  and m >= 24, those m tokens are dropped; what they repeat is kept. Of all
+  such tails the longest counts.
 
   Args:
-    tokens: an answer.
+    tokens: [B, T] integers, padded on the right with anything.
+    lengths: [B], tokens of each row.
 
   Returns:
-    As many of its first tokens as do not repeat.
+    [B], at most `lengths`.
   """
-  x = np.asarray(tokens)
-  longest = 0
-  for period in range(1, len(x) // 3 + 1):
-    differs = np.flatnonzero(x[period:] != x[:-period])
-    repeated = len(x) - period - (differs[-1] + 1 if differs.size else 0)
-    if repeated >= max(2 * period, MIN_TAIL):
-      longest = max(longest, int(repeated))
-  return list(tokens[: len(x) - longest])
+  tokens, size = tokens.astype(np.int64), tokens.shape[1]
+  # Rows run backwards here, and -1, which equals no token, ends them.
+  place = lengths[:, None] - 1 - np.arange(size + max(size // 3, MIN_TAIL))
+  backwards = np.take_along_axis(tokens, place.clip(0), 1) if size else place
+  backwards = np.where(place < 0, -1, backwards.astype(np.int64))
+  longest = np.zeros_like(lengths)
+  for period in range(1, size // 3 + 1):
+    # Few rows pass this, so the exact count is made for those only.
+    last = slice(period, period + MIN_TAIL)
+    same = backwards[:, :MIN_TAIL] == backwards[:, last]
+    rows = np.flatnonzero(same.all(1))
+    shifted = backwards[rows, period : period + size]
+    repeated = (backwards[rows, :size] == shifted).argmin(1)
+    repeated[repeated < max(2 * period, MIN_TAIL)] = 0
+    longest[rows] = np.maximum(longest[rows], repeated)
+  return lengths - longest
 
 
 def acceptance_length(
@@ -50,17 +67,59 @@ def acceptance_length(
   Returns:
     The acceptance length; NaN where there was no cycle.
   """
-  committed = cycles = 0
-  for row in rows:
-    accepted = np.asarray(row["accepted_per_cycle"], int)
-    tokens = row["tokens"]
-    kept = len(cut_periodic_tail(tokens) if cut_tails else tokens)
-    # The first token is prefill's: cycle 0 begins at token 1.
-    begins = 1 + np.cumsum(accepted) - accepted
-    accepted = np.minimum(accepted, kept - begins)[begins < kept]
-    committed += int(accepted.sum())
-    cycles += len(accepted)
-  return committed / cycles if cycles else float("nan")
+  counts = [committed_and_cycles(row, cut_tails) for row in rows]
+  cycles = sum(n for _, n in counts)
+  return sum(m for m, _ in counts) / cycles if cycles else float("nan")
+
+
+def committed_and_cycles(
+  row: Mapping[str, Any], cut_tails: bool = False
+) -> tuple[int, int]:
+  """Tokens that cycles committed to one answer, and the cycles.
+
+  Args:
+    row: as in `acceptance_length`.
+    cut_tails: as in `acceptance_length`.
+  """
+  accepted = np.asarray(row["accepted_per_cycle"], int)
+  tokens = row["tokens"]
+  kept = len(cut_periodic_tail(tokens) if cut_tails else tokens)
+  # The first token is prefill's: cycle 0 begins at token 1.
+  begins = 1 + np.cumsum(accepted) - accepted
+  accepted = np.minimum(accepted, kept - begins)[begins < kept]
+  return int(accepted.sum()), len(accepted)
+
+
+def bootstrap_interval(
+  sets: Sequence[Sequence[Sequence[int]]],
+  num_samples: int = 10_000,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """95 % interval of mean α, the prompts of every set drawn with replacement.
+
+  Args:
+    sets: for each set, tokens committed and cycles of each of its prompts.
+    num_samples: draws of as many prompts as there are.
+    seed: of the draws.
+
+  Returns:
+    The 2.5 and 97.5 % quantiles of the unweighted mean over sets; NaN where a
+    set has no cycle.
+  """
+  rng = np.random.default_rng(seed)
+  total = np.zeros(num_samples)
+  for counts in sets:
+    drawn = rng.integers(0, len(counts), (num_samples, len(counts)))
+    committed, cycles = np.asarray(counts)[drawn].sum(axis=1).T
+    # A draw of nothing but prompts without a cycle says nothing.
+    alphas = np.full(num_samples, np.nan)
+    np.divide(committed, cycles, out=alphas, where=cycles > 0)
+    total += alphas
+  known = total[~np.isnan(total)] / len(sets)
+  if not known.size:
+    return float("nan"), float("nan")
+  low, high = np.quantile(known, [0.025, 0.975])
+  return float(low), float(high)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

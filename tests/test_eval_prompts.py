@@ -39,6 +39,36 @@ def test_mt_bench_has_80_first_turns_in_order():
   assert _real("mt_bench", 3) == loaded[:3]
 
 
+def test_second_turns_are_mt_benchs_own():
+  follow_ups = prompts.load_follow_ups
+  try:
+    loaded = follow_ups("mt_bench", 2)
+  except fetch.DownloadError as error:
+    pytest.skip(str(error))
+  assert len(loaded) == 2
+  assert loaded[0].startswith("Rewrite your previous response.")
+
+
+def test_aime25_is_picked_out_of_its_file(tmp_path, monkeypatch):
+  source = tmp_path / "source.json"
+  cases = [
+    {"source": kind, "id": f"case-{i}", "question": f"What is {i}?"}
+    for i, kind in enumerate(["GPQA Diamond", "AIME2025", "AIME2025"])
+  ]
+  source.write_text(json.dumps({"count": 3, "cases": cases}))
+  monkeypatch.setattr(prompts, "fetch", lambda pinned: source)
+  loaded = prompts.load_prompts("aime25", 2)
+  assert [p["id"] for p in loaded] == ["aime25/case-1", "aime25/case-2"]
+  assert loaded[0]["prompt"] == f"What is 1?{prompts.REASONING_SUFFIX}"
+  assert prompts.load_follow_ups("aime25", 2) == []
+
+
+def test_aime25_has_25_problems():
+  loaded = _real("aime25")
+  assert len({p["id"] for p in loaded}) == 25
+  assert loaded[0]["prompt"].startswith("Find the sum of all integer bases")
+
+
 def test_written_lines(tmp_path, monkeypatch):
   source = tmp_path / "source.jsonl"
   lines = [{"task_id": f"MBPP/{i}", "prompt": f"é\u2028{i}"} for i in range(3)]
@@ -51,6 +81,19 @@ def test_written_lines(tmp_path, monkeypatch):
     {"prompt": "é\u20280", "id": "mbpp/MBPP/0"},
     {"prompt": "é\u20281", "id": "mbpp/MBPP/1"},
   ]
+
+
+def test_all_sets_with_second_turns(tmp_path, monkeypatch):
+  source = tmp_path / "source.jsonl"
+  source.write_text('{"question_id": 81, "turns": ["one", "two"]}\n')
+  monkeypatch.setattr(prompts, "fetch", lambda pinned: source)
+  one = {"mt_bench": prompts.PROMPT_SETS["mt_bench"]}
+  monkeypatch.setattr(prompts, "PROMPT_SETS", one)
+  out = tmp_path / "out.jsonl"
+  flags = ["all", "--follow_ups", "--num=1", f"--out={out}"]
+  assert cli.run(prompts.main, flags) == 0
+  written = [json.loads(x)["prompt"] for x in out.read_text().splitlines()]
+  assert written == ["one", "two"]
 
 
 @pytest.mark.parametrize(

