@@ -27,6 +27,7 @@ from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require
 from d2sd_jax.evaluation import choice_margin, first_difference
 from d2sd_jax.io.models import load_target, target_path
+from d2sd_jax.io.paths import check_output
 from d2sd_jax.io.prompts import read_prompts
 from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.target import LlamaTarget
@@ -50,7 +51,7 @@ CONFIG_FLAGS = (
   ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
   ("mode", str, "|".join((*MODES, "compare")), "default d2sd"),
   ("block_size", cli.whole_number, "N", "slots of a block, anchor included"),
-  ("num_branches", cli.whole_number, "N", "re-drafts of mode d2sd"),
+  ("num_branches", cli.whole_number, "N", "branches of the prefix tree"),
   ("temperature", cli.number, "T", "default 0, greedy"),
   ("top_k", cli.whole_number, "N", "keep N tokens (default 0, off)"),
   ("top_p", cli.number, "P", "keep a mass of P (default 1, off)"),
@@ -112,12 +113,14 @@ def main(arguments: Sequence[str]) -> None:
   config = cli.load_config(DecodeConfig, flags.config, overrides)
   plan = make_plan(config)
   stream = choose_streaming(flags.stream, config)
-  output = report.check_output(flags.json) if flags.json is not None else None
+  output = check_output(flags.json) if flags.json is not None else None
   conversations = read_prompts(flags.prompt, flags.prompts_file)
 
   # Load: small files first, since they may be damaged.
   cli.setup_jax_cache()
   drafters = plan.load_drafters()
+  for warning in plan.role_warnings(drafters):
+    print(warning, file=sys.stderr, flush=True)
   tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
   for drafter in drafters:
     tokenizer.check_mask_token(drafter.config.mask_token_id)

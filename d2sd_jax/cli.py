@@ -15,8 +15,10 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -34,7 +36,7 @@ _T = TypeVar("_T")
 class FlagParser(argparse.ArgumentParser):
   """argparse, strict: no abbreviations, and a mistake is a `UsageError`.
 
-  `--config.KEY=VALUE` is understood by every script; see `parse`.
+  A script with a `--config` flag takes `--config.KEY=VALUE` too; see `parse`.
   """
 
   def __init__(self, program: str, description: str, examples: str):
@@ -47,7 +49,7 @@ class FlagParser(argparse.ArgumentParser):
     """
     super().__init__(
       prog=program,
-      usage=f"python {program} [--flag=value ...] [--config.KEY=VALUE ...]",
+      usage=f"python {program} [--flag=value ...]",
       description=description,
       epilog=f"examples:\n{examples}",
       formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,6 +57,16 @@ class FlagParser(argparse.ArgumentParser):
     )
     version = f"d2sd_jax {__version__}"
     self.add_argument("--version", action="version", version=version)
+
+  def format_help(self) -> str:
+    """The help; argparse knows nothing of `--config.KEY`."""
+    text = super().format_help()
+    shown = "[--flag=value ...]"
+    more = f"{shown} [{_OVERRIDE}KEY=VALUE ...]"
+    return text.replace(shown, more, 1) if self._has_config() else text
+
+  def _has_config(self) -> bool:
+    return "--config" in self._option_string_actions
 
   def error(self, message: str) -> NoReturn:
     """Raises `UsageError`, where argparse would print its usage and exit."""
@@ -74,14 +86,17 @@ class FlagParser(argparse.ArgumentParser):
     Raises:
       UsageError: a flag is unknown, lacks its value or has one of a wrong type.
     """
-    plain, overrides = _split_overrides(arguments)
+    plain: list[str] = list(arguments)
+    overrides: dict[str, Any] = {}
+    if self._has_config():
+      plain, overrides = _split_overrides(arguments)
     flags, left = self.parse_known_args(plain)
     if left:
       known = sorted(s for s in self._option_string_actions if s[:2] == "--")
+      known += [f"{_OVERRIDE}KEY"] if self._has_config() else []
       kind = "unknown flag" if left[0].startswith("-") else "stray argument"
       raise UsageError(
-        f"{kind} {left[0]!r}: expected one of {', '.join(known)},"
-        f" {_OVERRIDE}KEY"
+        f"{kind} {left[0]!r}: expected one of {', '.join(known)}"
       )
     return flags, overrides
 
@@ -162,12 +177,14 @@ def run(
     arguments: those of the command line by default.
 
   Returns:
-    0; 2 after a mistake, told in one line; 130 after Ctrl-C; 141 where the
-    reader of standard output went away.
+    0; 2 after a mistake or on a full device, told in one line; 130 after
+    Ctrl-C; 141 where the reader of standard output went away.
   """
   # On a machine whose GPU is not used, JAX says so; the scripts say where
   # they run themselves.
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+  # Orbax logs what it also raises.
+  logging.getLogger("absl").setLevel(logging.CRITICAL)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="replace")
@@ -179,6 +196,16 @@ def run(
   except (UsageError, OSError) as error:
     print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     return USAGE
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    print(
+      "error: the device is out of memory: expected smaller sizes, of the batch"
+      f" above all ({one_line(error)[:200]})",
+      file=sys.stderr,
+      flush=True,
+    )
+    return USAGE
   except KeyboardInterrupt:
     return INTERRUPTED
   except SystemExit as stop:  # --help and --version
@@ -186,13 +213,46 @@ def run(
   return OK
 
 
+@contextlib.contextmanager
+def patient_interrupt() -> Iterator[Callable[[], None]]:
+  """Puts Ctrl-C off until it does no harm.
+
+  A `KeyboardInterrupt` that is raised somewhere inside a library may be
+  swallowed there, or logged as a failure. Within the block the first Ctrl-C is
+  only noted; a second one interrupts at once.
+
+  Yields:
+    A function that raises `KeyboardInterrupt` if Ctrl-C was noted.
+  """
+  noted: list[int] = []
+  before = signal.getsignal(signal.SIGINT)
+
+  def note(number: int, frame: FrameType | None) -> None:
+    noted.append(number)
+    if len(noted) > 1:
+      signal.default_int_handler(number, frame)
+
+  def check() -> None:
+    if noted:
+      raise KeyboardInterrupt
+
+  # Whoever started the process may have had the signal ignored.
+  if before is signal.default_int_handler:
+    signal.signal(signal.SIGINT, note)
+  try:
+    yield check
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
 def exit_with(status: int) -> NoReturn:
-  """Leaves the process; after an interrupt without waiting for the device."""
-  if status in (INTERRUPTED, BROKEN_PIPE):
-    # A program on the device may go on for a while in its own thread, and
-    # Python would wait for it, or write to the broken pipe once more.
-    with contextlib.suppress(BrokenPipeError, ValueError):
-      sys.stdout.flush()
+  """Leaves the process; unless all went well, without waiting for threads."""
+  if status != OK:
+    # A program on the device may go on for a while in its own thread, or one
+    # that writes a checkpoint may have failed: Python would wait for either.
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError):
+        stream.flush()
     os._exit(status)
   sys.exit(status)
 

@@ -11,16 +11,24 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
 from flax import nnx
 
-from d2sd_jax import Drafter, DrafterConfig, UsageError, __version__, cli
+from d2sd_jax import (
+  POLICIES,
+  Drafter,
+  DrafterConfig,
+  UsageError,
+  __version__,
+  cli,
+)
 from d2sd_jax.config import DecodeConfig
 from d2sd_jax.decoding import plan as planning
 from d2sd_jax.decoding import report
 from d2sd_jax.decoding.session import Answer, Request
-from d2sd_jax.io import models
+from d2sd_jax.io import models, paths
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.io.fetch import SMOLLM2_135M, DownloadError
 from d2sd_jax.io.tokenizer import ChatTokenizer, TextStream
@@ -107,6 +115,10 @@ def files(tmp_path, drafters, monkeypatch):
     copy_drafter(drafters / "dflash", tmp_path / name, change)
   copy_drafter(drafters / "dflash", tmp_path / "cut", {}, keep=900)
   (tmp_path / "hollow").mkdir()
+  (tmp_path / "light").mkdir()
+  copied = (drafters / "vp_drafter" / "config.json").read_bytes()
+  (tmp_path / "light" / "config.json").write_bytes(copied)
+  os.mkfifo(tmp_path / "fifo")
   return tmp_path
 
 
@@ -122,7 +134,10 @@ def copy_drafter(source, folder, change, keep=None):
 
 # Arguments beside `--prompt=hi` and good drafters, and what the line says.
 MISTAKES = [
-  (["--mode=fast"], ["mode='fast'", "ar, dflash, d2sd, compare"]),
+  (
+    ["--mode=fast"],
+    ["mode='fast'", "ar, prompt_lookup, dflash", "d2sd_3, compare"],
+  ),
   (["--temprature=1"], ["unknown flag '--temprature=1'", "--temperature"]),
   (["--temp=1"], ["unknown flag '--temp=1'"]),
   (["hello"], ["'hello'"]),
@@ -160,7 +175,9 @@ MISTAKES = [
   (["--target=not.gguf"], ["not.gguf", "GGUF"]),
   (["--drafter=nowhere"], ["drafter='nowhere'"]),
   (["--vp_drafter=nowhere"], ["vp_drafter='nowhere'"]),
-  (["--drafter=hollow"], ["hollow", "config.json"]),
+  (["--drafter=hollow"], ["drafter='", "hollow", "config.json"]),
+  (["--vp_drafter=hollow"], ["vp_drafter='", "hollow", "config.json"]),
+  (["--vp_drafter=light"], ["vp_drafter='", "light", "model.safetensors"]),
   (["--drafter=narrow"], ["narrow", "hidden_size=575", "576"]),
   (["--drafter=words"], ["words", "vocab_size=49151", "49152"]),
   (["--drafter=layers"], ["layers", "num_target_layers=29", "30"]),
@@ -170,8 +187,11 @@ MISTAKES = [
   (["--drafter=bias"], ["bias", "attention_bias=True", "False"]),
   (["--drafter=cut"], ["cut", "whole safetensors file"]),
   (["--json=hollow"], ["json='hollow'", "a file"]),
-  (["--json=good.jsonl/x"], ["json='good.jsonl/x'", "a file"]),
+  (["--json=good.jsonl/x"], ["json='good.jsonl/x'", "writing"]),
   (["--json="], ["json=''", "a file"]),
+  (["--json=fifo"], ["json='fifo'", "a file"]),
+  (["--json=/proc/self/x.json"], ["json='/proc/self/x.json'", "writing"]),
+  (["--config.seed=0x" + "f" * 5000], ["seed=...", "2^32"]),
 ]
 PROMPT_MISTAKES = [
   ([], ["--prompt", "--prompts_file", "neither"]),
@@ -222,6 +242,12 @@ def test_a_mistake_is_one_line_before_any_download(
   assert {p: p.read_bytes() for p in files.rglob("*") if p.is_file()} == before
 
 
+def test_closed_standard_input(files, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "stdin", None)
+  assert cli.run(decode.main, ["--mode=ar", "--prompt=-"]) == 2
+  assert capsys.readouterr().err.startswith("error: prompt=-: expected")
+
+
 def test_the_download_comes_after_all_checks(files, drafters, monkeypatch):
   """And what it says is told like any other mistake."""
   offline = lambda: (_ for _ in ()).throw(DownloadError("no network"))
@@ -238,17 +264,17 @@ def test_the_download_comes_after_all_checks(files, drafters, monkeypatch):
   assert not (files / "new").exists()
 
 
-@pytest.mark.parametrize("mode", ["ar", "dflash"])
-def test_what_a_mode_does_not_use_is_not_checked(drafters, mode):
+@pytest.mark.parametrize(
+  ("mode", "block"), [("ar", 2), ("prompt_lookup", 16), ("dflash", 7)]
+)
+def test_what_a_mode_does_not_use_is_not_checked(drafters, mode, block):
   unused = {"vp_drafter": "nowhere", "num_branches": 99}
-  if mode == "ar":
-    unused["drafter"] = "nowhere"
-  else:
-    unused["drafter"] = str(drafters / "dflash")
+  used = mode == "dflash"
+  unused["drafter"] = str(drafters / "dflash") if used else "nowhere"
   plan = planning.make_plan(DecodeConfig(mode=mode, **unused))
   assert list(plan.trees) == [mode]
   assert plan.trees[mode].num_branches == 0
-  assert plan.trees[mode].block_size == (2 if mode == "ar" else 7)
+  assert plan.trees[mode].block_size == block
 
 
 def test_prompt_longer_than_the_context():
@@ -321,6 +347,67 @@ def test_ends_quietly(error, status, capsys):
 
   assert cli.run(main, []) == status
   assert capsys.readouterr() == ("", "")
+
+
+def test_a_full_device_is_one_line(capsys):
+  def main(arguments):
+    raise jax.errors.JaxRuntimeError(arguments[0])
+
+  assert cli.run(main, ["RESOURCE_EXHAUSTED: Out of\nmemory"]) == 2
+  out, err = capsys.readouterr()
+  assert (out, err.count("\n")) == ("", 1)
+  assert "smaller sizes" in err
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    cli.run(main, ["INTERNAL: a bug"])
+
+
+def test_a_closed_pipe_is_told_to_the_script(monkeypatch):
+  class Closed(io.StringIO):
+    def write(self, text):
+      raise BrokenPipeError
+
+  monkeypatch.setattr(sys, "stdout", Closed())
+  with pytest.raises(BrokenPipeError):
+    report.console().print("a line")
+
+
+def test_patient_interrupt():
+  default = signal.default_int_handler
+  before = signal.signal(signal.SIGINT, default)
+  interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+  try:
+    with cli.patient_interrupt() as check:
+      check()
+      interrupt()  # is only noted
+      with pytest.raises(KeyboardInterrupt):
+        check()
+      with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert signal.getsignal(signal.SIGINT) is default
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with cli.patient_interrupt() as check:
+      interrupt()
+      check()
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_overrides_are_for_scripts_with_a_config(capsys):
+  parser = cli.FlagParser("x", "Does x.", "  x")
+  with pytest.raises(UsageError, match=r"unknown flag '--config\.a=1'.*--help"):
+    parser.parse(["--config.a=1"])
+  assert "--config" not in parser.format_help()
+  parser.add_argument("--config")
+  assert parser.parse(["--config.a=1"])[1] == {"a": 1}
+  assert "[--config.KEY=VALUE ...]" in parser.format_help()
+
+
+def test_json_goes_where_a_link_points(files):
+  (files / "link.json").symlink_to("out.json")
+  report.write_json(paths.check_output("link.json"), [{"target": "\udcff"}])
+  assert (files / "link.json").is_symlink()
+  # Even of a path that is no UTF-8.
+  assert json.loads((files / "out.json").read_bytes()) == [{"target": "\udcff"}]
 
 
 def test_interrupted_json_leaves_the_old_one(files, monkeypatch):
@@ -397,12 +484,31 @@ def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
   assert err.count("\n") == 1
 
 
+def test_swapped_drafters_are_warned_of(
+  tiny_target, tmp_path, monkeypatch, capsys
+):
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(decode, "Session", stop)
+  one, two = tmp_path / "one", tmp_path / "two"
+  arguments = [*tiny_target, "--prompt=owl"]
+  swapped = [f"--drafter={two}", f"--vp_drafter={one}"]
+  assert cli.run(decode.main, [*arguments, *swapped]) == 130
+  first, second, compiling = capsys.readouterr().err.splitlines()
+  assert first == (
+    f"warning: drafter='{two}': trained as 'vp_drafter', expected 'dflash'"
+  )
+  assert second.startswith(f"warning: vp_drafter='{one}': trained as 'dflash'")
+  assert compiling.startswith("compiling")
+
+
 class FakeSession:
   """Answers at once, and in mode dflash one token otherwise than `ar`."""
 
   def __init__(self, models, requests, sampling, *, mode, batch_size, **_):
     assert batch_size == 2
-    assert len(models.drafters) == decode.MODES.index(mode)
+    assert len(models.drafters) == POLICIES[mode].num_drafters
     self.mode, self._requests = mode, requests
 
   def warm_up(self):
@@ -420,9 +526,11 @@ class FakeSession:
         tokens=[8, 9, 10 + (wrong and request.sequence_id == 1)],
         origins=[0, 1, 0],
         accepted_per_cycle=[1, 1] if self.mode == "ar" else [2],
+        num_verified=2,
         prefill_seconds=0.5,
         decode_seconds=0.25,
         batch_rows=len(requests),
+        implementation="xla",
       )
       for request in requests
     ]

@@ -181,6 +181,8 @@ def test_unknown_keys_are_ignored(folder):
     ("causal", {"causal": True}),
     ("projector_type", {"dflash_config": {"projector_type": "mlp"}}),
     ("use_swa", {"dflash_config": {"use_swa": True}}),
+    ("layer_types=3: expected a list", {"layer_types": 3}),
+    ("rope_scaling='yarn': expected an object", {"rope_scaling": "yarn"}),
     ("use_sliding_window", {"use_sliding_window": True}),
     ("draft_vocab_size", {"draft_vocab_size": 32}),
     ("yarn", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
@@ -281,7 +283,16 @@ def test_a_truncated_file_is_refused(folder, kept):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"dflash_config": 3}'])
+@pytest.mark.parametrize("layers", [10**9, 10**30])
+def test_more_layers_than_there_are_tensors_are_refused_at_once(folder, layers):
+  _edit(folder, num_hidden_layers=layers)
+  with pytest.raises(UsageError, match=rf"layers\.{layers - 1}\..* is missing"):
+    load_drafter_folder(folder)
+
+
+@pytest.mark.parametrize(
+  "text", ["", "{", "[]", '{"dflash_config": 3}', "[" * 100_000]
+)
 def test_a_damaged_config_is_refused(folder, text):
   (folder / "config.json").write_text(text)
   with pytest.raises(UsageError, match=r"config\.json: expected") as error:

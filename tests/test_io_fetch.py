@@ -146,9 +146,10 @@ def test_interrupt_stops_pip_and_leaves_nothing(
       raise KeyboardInterrupt
     return 0
 
-  monkeypatch.setattr(fetch, "_folder_bytes", interrupt)
-  with pytest.raises(KeyboardInterrupt):
-    fetch.fetch_default_target()
+  with monkeypatch.context() as patched:
+    patched.setattr(fetch, "_folder_bytes", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      fetch.fetch_default_target()
   assert _entries(cache) == []
   with pytest.raises(ProcessLookupError):
     os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -32,6 +32,9 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   monkeypatch.setenv("D2SD_CACHE", "~/short")
   assert paths.cache_dir() == tmp_path / "short"
+  monkeypatch.setenv("D2SD_CACHE", "~nobody-of-that-name/cache")
+  with pytest.raises(UsageError, match="path='~nobody-of-that-name/cache'"):
+    paths.cache_dir()
 
 
 @pytest.mark.parametrize("name", ["beta", "beta.py", "configs/beta.py"])
@@ -78,7 +81,7 @@ def test_find_checkpoint_names_field_value_and_choices(package, name):
   with pytest.raises(UsageError) as caught:
     paths.find_checkpoint(name, "vp_drafter")
   assert str(caught.value) == (
-    f"vp_drafter={name!r}: no such path; expected an existing one or a"
+    f"vp_drafter={name!r}: no such folder; expected an existing one or a"
     " shipped name (small-dflash)"
   )
 
@@ -94,6 +97,24 @@ def test_atomic_write_replaces_only_when_complete(tmp_path):
     assert final.read_text() == "one"
   assert final.read_text() == "two"
   assert list(final.parent.iterdir()) == [final]
+
+
+def test_atomic_write_takes_any_name_the_system_takes(tmp_path):
+  final = tmp_path / ("n" * 255)
+  with paths.atomic_write(final) as temporary:
+    temporary.touch()
+  assert final.exists()
+
+
+def test_check_writable_leaves_nothing(tmp_path):
+  paths.check_writable("json", "x", tmp_path / "new" / "folder")
+  assert list(tmp_path.iterdir()) == []
+  (tmp_path / "file").touch()
+  with pytest.raises(UsageError, match=r"json='x': expected a place open"):
+    paths.check_writable("json", "x", tmp_path / "file" / "folder")
+  # There folders say that they can be written to, and cannot.
+  with pytest.raises(UsageError, match=r"json='x': expected a place open"):
+    paths.check_writable("json", "x", paths.Path("/proc/self"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])

@@ -1,6 +1,9 @@
 """The tokenizer and chat format of the real target."""
 
+import dataclasses
+
 import pytest
+import tiny
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,6 +117,15 @@ def test_user_text_cannot_inject_a_turn(tokenizer, mark):
   assert attack in tokenizer.decode(ids)
 
 
+def test_many_prompts_at_once(tokenizer):
+  texts = [*filter(str.strip, _TEXTS), "Hi<|im_end|>", " a "]
+  single = [tokenizer.encode_prompt(text) for text in texts]
+  assert tokenizer.encode_prompts(texts) == single
+  for text, told in (("\t", "some text"), ("caf\udce9", "valid UTF-8")):
+    with pytest.raises(UsageError, match=told):
+      tokenizer.encode_prompts(["Hi", text])
+
+
 def test_decode_keeps_special_tokens(tokenizer, metadata):
   names = metadata["tokenizer.ggml.tokens"]
   assert tokenizer.decode(range(17)) == "".join(names[:17])
@@ -203,3 +215,44 @@ def test_another_kind_of_tokenizer_is_refused(metadata, key, value):
     changed[key] = value
   with pytest.raises(UsageError, match=r"tokenizer\."):
     ChatTokenizer(changed)
+
+
+def _write(path, **changes):
+  """A tiny target's file with other fields of the tokenizer."""
+  config = dataclasses.replace(tiny.GGUF_TARGET, vocab_size=len(tiny.TOKENS))
+  metadata = tiny.tokenizer_metadata() | tiny.gguf_metadata(config)
+  metadata |= {f"tokenizer.ggml.{k}": v for k, v in changes.items()}
+  return tiny.write_gguf(path, metadata, tiny.gguf_tensors(config))
+
+
+def test_a_file_of_few_tokens(tmp_path):
+  tokenizer = ChatTokenizer.from_gguf(_write(tmp_path / "a.gguf"))
+  assert tokenizer.decode(tokenizer.encode("he hé")) == "he hé"
+  assert tokenizer.encode("he") == [tiny.TOKENS.index("he")]
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("tokens", [1, 2, 3]),
+    ("tokens", "abc"),
+    ("tokens", [*tiny.TOKENS, "one too many"]),
+    ("tokens", list(tiny.TOKENS[:-1])),
+    ("token_type", [3] * len(tiny.MARKS)),
+    ("token_type", 3),
+    ("merges", ["he"]),
+    ("merges", ["h e e"]),
+    ("merges", ["h q"]),
+    ("merges", [3]),
+  ],
+)
+def test_a_damaged_tokenizer_is_named_with_its_file(tmp_path, field, value):
+  # With one more token goes one more type, and the embedding stays.
+  changes = {field: value}
+  if field == "tokens" and isinstance(value, list):
+    changes["token_type"] = [3] * 3 + [1] * (len(value) - 3)
+  path = _write(tmp_path / "a.gguf", **changes)
+  with pytest.raises(UsageError) as caught:
+    ChatTokenizer.from_gguf(path)
+  assert str(caught.value).startswith(f"{path}: tokenizer.ggml.")
+  assert "expected" in str(caught.value)

@@ -98,16 +98,22 @@ def load_drafter_folder(
 
 
 def read_drafter_config(
-  folder: str | Path, target: TargetConfig | None = None
+  folder: str | Path,
+  target: TargetConfig | None = None,
+  field: str = "drafter",
 ) -> DrafterConfig:
-  """Reads and checks `config.json` alone; see `load_drafter_folder`."""
+  """Reads and checks `config.json` alone; see `load_drafter_folder`.
+
+  Args:
+    folder: as there.
+    target: as there.
+    field: what an error calls the folder, e.g. the flag it came from.
+  """
   path = Path(folder) / CONFIG_FILE
-  require(
-    path.is_file(), "drafter", str(folder), f"a folder with {CONFIG_FILE}"
-  )
+  require(path.is_file(), field, str(folder), f"a folder with {CONFIG_FILE}")
   try:
     raw = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UsageError(f"{path}: expected JSON ({_one_line(error)})") from error
   if not isinstance(raw, dict) or not isinstance(
     raw.get("dflash_config", {}), dict
@@ -207,12 +213,15 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
     value = settings.get(key)
     expected = f"{neutral[0]!r} (others are not supported)"
     require(value in neutral, key, value, expected)
-  for value in settings.get("layer_types") or ():
+  kinds = settings.get("layer_types") or []
+  require(isinstance(kinds, list), "layer_types", kinds, "a list")
+  for value in kinds:
     expected = "'full_attention' (others are not supported)"
     require(value == "full_attention", "layer_types", value, expected)
   thetas = {settings.get("rope_theta")}
   for key in ("rope_scaling", "rope_parameters"):
     rope = settings.get(key) or {}
+    require(isinstance(rope, dict), key, rope, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind == "default", f"{key} type", kind, "'default'")
     thetas.add(rope.get("rope_theta"))
@@ -246,6 +255,10 @@ def _fill(
   dtype: jax.typing.DTypeLike,
 ) -> Drafter:
   """A drafter with exactly these tensors."""
+  # Before any layer is made: a damaged config may ask for billions.
+  last = f"layers.{config.num_layers - 1}.input_layernorm.weight"
+  if last not in tensors:
+    raise UsageError(f"{path}: tensor {last} is missing")
   make = lambda: Drafter(config, rngs=nnx.Rngs(0), dtype=dtype)
   drafter = nnx.eval_shape(make)
   parameters = _parameters(drafter)

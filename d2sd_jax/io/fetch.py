@@ -222,20 +222,14 @@ def _run_with_progress(
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Callable[[int, int], None]]:
   """Yields `show(done, total)`, in bytes; draws only on a terminal."""
-  from rich import console, progress
+  from rich.progress import DownloadColumn, TimeElapsedColumn
 
-  stderr = console.Console(stderr=True)
-  with progress.Progress(
-    progress.TextColumn("downloading"),
-    progress.BarColumn(),
-    progress.DownloadColumn(),
-    progress.TimeElapsedColumn(),
-    console=stderr,
-    transient=True,
-    disable=not stderr.is_terminal,
-  ) as bar:
+  from d2sd_jax.progress import progress_bar
+
+  columns = DownloadColumn(), TimeElapsedColumn()
+  with progress_bar(*columns, transient=True) as bar:
     # Without a total the bar pulses: pip may not show what it has so far.
-    task = bar.add_task("", total=None)
+    task = bar.add_task("downloading", total=None)
     yield lambda done, total: bar.update(
       task, completed=done, total=total if done else None
     )

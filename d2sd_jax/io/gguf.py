@@ -45,6 +45,12 @@ def load_gguf(
   """
   header = read_header(path)
   config = _target_config(header)
+  # Before any name is made: a damaged header may ask for billions of layers.
+  if config.num_layers > len(header.tensors):
+    raise UsageError(
+      f"{header.path}: block_count={config.num_layers}: expected at most the"
+      f" file's {len(header.tensors)} tensors"
+    )
   table = _tensor_table(config)
   _check_tensors(header, {name: shape for name, (_, shape) in table.items()})
   data = map_file(header.path)

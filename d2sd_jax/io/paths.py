@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import platformdirs
 
-from d2sd_jax.errors import UsageError
+from d2sd_jax.errors import UsageError, require
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -17,10 +18,13 @@ def cache_dir() -> Path:
   """The folder for downloads: `$D2SD_CACHE`, else the user's cache folder.
 
   The folder need not exist yet.
+
+  Raises:
+    UsageError: `$D2SD_CACHE` is no usable path.
   """
   override = os.environ.get("D2SD_CACHE")
   if override:
-    return Path(override).expanduser()
+    return user_path(override)
   return Path(platformdirs.user_cache_dir("d2sd_jax"))
 
 
@@ -55,7 +59,8 @@ def find_config(name: str | os.PathLike[str]) -> Path:
     return path
   folder = _shipped_folder("configs")
   shipped = {p.stem: p for p in folder.glob("*.py") if p.stem[0] != "_"}
-  return _look_up("config", path, path.name.removesuffix(".py"), shipped)
+  stem = path.name.removesuffix(".py")
+  return _look_up("config", "file", path, stem, shipped)
 
 
 def find_checkpoint(
@@ -75,7 +80,51 @@ def find_checkpoint(
     return path
   folder = _shipped_folder("checkpoints")
   visible = (p for p in folder.glob("[!._]*") if p.is_dir())
-  return _look_up(field, path, path.name, {p.name: p for p in visible})
+  shipped = {p.name: p for p in visible}
+  return _look_up(field, "folder", path, path.name, shipped)
+
+
+def check_writable(field: str, name: str | os.PathLike[str], folder: Path):
+  """Raises `UsageError` unless files can be put into `folder`.
+
+  A file without a name is made for a moment to find out: permissions alone do
+  not tell. A folder that does not exist yet must be possible to make.
+
+  Args:
+    field: what an error calls the value.
+    name: the value as the user wrote it.
+    folder: where files are to be written later.
+  """
+  folder = folder.absolute()
+  there = next(p for p in (folder, *folder.parents) if p.exists())
+  try:
+    with tempfile.TemporaryFile(dir=there):
+      pass
+  except OSError as error:
+    raise UsageError(
+      f"{field}={str(name)!r}: expected a place open to writing"
+      f" ({there}: {error.strerror})"
+    ) from error
+
+
+def check_output(name: str, field: str = "json") -> Path:
+  """Path of a file to be written later, if that can work.
+
+  Args:
+    name: the path as the user wrote it.
+    field: what an error calls it.
+
+  Raises:
+    UsageError: it is there and no plain file, may not be written to, or lies
+      where nothing can be written.
+  """
+  path = user_path(name)
+  # Not a device either: the new file will take the place of the old one.
+  fits = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
+  require(bool(name) and fits, field, name, "a file to write")
+  path = Path(os.path.realpath(path))
+  check_writable(field, name, path.parent)
+  return path
 
 
 @contextlib.contextmanager
@@ -88,7 +137,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
   """
   final = Path(path)
   final.parent.mkdir(parents=True, exist_ok=True)
-  temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.part")
+  temporary = final.with_name(f".{uuid.uuid4().hex}.part")
   try:
     yield temporary
     os.replace(temporary, final)
@@ -108,7 +157,7 @@ def _shipped_folder(kind: str) -> Path:
 
 
 def _look_up(
-  field: str, path: Path, key: str, shipped: Mapping[str, Path]
+  field: str, kind: str, path: Path, key: str, shipped: Mapping[str, Path]
 ) -> Path:
   """The shipped entry `key`, if `path` is a bare name or `folder/name`."""
   folders = {".", *(p.parent.name for p in shipped.values())}
@@ -116,6 +165,6 @@ def _look_up(
     return shipped[key]
   names = ", ".join(sorted(shipped)) or "none here"
   raise UsageError(
-    f"{field}={str(path)!r}: no such path; expected an existing one or a"
+    f"{field}={str(path)!r}: no such {kind}; expected an existing one or a"
     f" shipped name ({names})"
   )

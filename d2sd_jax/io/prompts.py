@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from d2sd_jax.errors import UsageError, require
@@ -32,25 +31,37 @@ def read_prompts(
       f"--prompt, --prompts_file: expected exactly one of them; {given} given"
     )
   if prompts_file is not None:
-    return _read_file(user_path(prompts_file))
+    return read_prompts_file(prompts_file)
   return [_user_turn(_read_stdin() if prompt == "-" else prompt)]
 
 
 def _read_stdin() -> str:
+  if sys.stdin is None:
+    raise UsageError("prompt=-: expected standard input to be open")
   try:
     return sys.stdin.read()
   except UnicodeDecodeError as error:
     raise UsageError(f"prompt=-: expected UTF-8 text ({error})") from error
 
 
-def _read_file(path: Path) -> list[Conversation]:
-  """One conversation per line; blank lines count but say nothing."""
+def read_prompts_file(
+  name: str, field: str = "prompts_file"
+) -> list[Conversation]:
+  """One conversation per line; blank lines count but say nothing.
+
+  Args:
+    name: of the file.
+    field: what an error calls it.
+
+  Raises:
+    UsageError: there is no such file, a line is malformed, or all are blank.
+  """
+  path = user_path(name)
   try:
     lines = path.read_bytes().split(b"\n")
   except OSError as error:
     raise UsageError(
-      f"prompts_file={str(path)!r}: expected a file of JSON lines"
-      f" ({error.strerror})"
+      f"{field}={str(path)!r}: expected a file of JSON lines ({error.strerror})"
     ) from error
   prompts = []
   for number, line in enumerate(lines, 1):
@@ -59,7 +70,7 @@ def _read_file(path: Path) -> list[Conversation]:
         prompts.append(_parse_line(line))
       except UsageError as error:
         raise UsageError(f"{path}, line {number}: {error}") from error
-  require(bool(prompts), "prompts_file", str(path), "at least one prompt in it")
+  require(bool(prompts), field, str(path), "at least one prompt in it")
   return prompts
 
 

@@ -1,6 +1,7 @@
 """Text to token ids and back, with the chat format, from GGUF metadata."""
 
 import codecs
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,11 +42,17 @@ class ChatTokenizer:
         tokenizer or chat format.
     """
     _check_kind(metadata)
-    tokens = _get(metadata, "tokenizer.ggml.tokens")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    merges = _strings(metadata, "tokenizer.ggml.merges")
     kinds = _get(metadata, "tokenizer.ggml.token_type")
-    self._tokens: list[str] = tokens
+    if not isinstance(kinds, list) or len(kinds) != len(tokens):
+      raise UsageError(
+        f"tokenizer.ggml.token_type: expected one for each of the {len(tokens)}"
+        " tokens"
+      )
+    self._tokens = tokens
     self._ids = {token: i for i, token in enumerate(tokens)}
-    self._bpe = _build_bpe(self._ids, _get(metadata, "tokenizer.ggml.merges"))
+    self._bpe = _build_bpe(self._ids, merges)
     special = [i for i, kind in enumerate(kinds) if kind == _CONTROL]
     self._bpe.add_special_tokens([tokens[i] for i in special])
     # What looks like a mark in a user's text is text.
@@ -62,9 +69,21 @@ class ChatTokenizer:
     """Builds the tokenizer of a GGUF file.
 
     Raises:
-      UsageError: as the constructor; or the file cannot be read.
+      UsageError: as the constructor; or the file cannot be read, or its
+        embedding has no row for some of the tokens.
     """
-    return cls(read_header(path).metadata)
+    header = read_header(path)
+    try:
+      tokenizer = cls(header.metadata)
+    except UsageError as error:
+      raise UsageError(f"{header.path}: {error}") from error
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is not None and embedding.shape[0] < tokenizer.vocab_size:
+      raise UsageError(
+        f"{header.path}: tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens:"
+        f" expected at most the embedding's {embedding.shape[0]}"
+      )
+    return tokenizer
 
   def encode(self, text: str) -> list[int]:
     """Ids of plain text; a special token's name in it is text as well.
@@ -81,9 +100,25 @@ class ChatTokenizer:
     Raises:
       UsageError: the prompt is empty, blank or no valid Unicode.
     """
-    is_text = isinstance(text, str) and bool(text.strip())
-    require(is_text, "prompt", text, "some text")
+    _check_prompt(text)
     return self.encode_chat([{"role": "user", "content": text}])
+
+  def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_prompt` of many texts at once, in threads.
+
+    Raises:
+      UsageError: as `encode_prompt`.
+    """
+    for text in texts:
+      _check_prompt(text)
+      check_unicode("prompt", text)
+    turns = self._bpe.encode_batch_fast(
+      [f"user\n{text}" for text in texts], add_special_tokens=False
+    )
+    before = [*self._encode_turn("system", DEFAULT_SYSTEM), self._turn_start]
+    after = [self._turn_end, *self.encode("\n")]
+    after += [self._turn_start, *self.encode("assistant\n")]
+    return [before + turn.ids + after for turn in turns]
 
   def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Ids of a conversation in ChatML, ending with the answer opened.
@@ -108,7 +143,9 @@ class ChatTokenizer:
     free = sorted(set(self.special_ids) - set(self.chat_ids))
     # A vocabulary may have no special ids to spare.
     unused = token_id in free if free else token_id not in self.chat_ids
-    expected = f"a special id that the target never produces: {free}"
+    marks = f"an id that marks no turn: none of {list(self.chat_ids)}"
+    never = f"a special id that the target never produces: {free}"
+    expected = never if free else marks
     require(unused, "mask_token_id", token_id, expected)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -120,8 +157,13 @@ class ChatTokenizer:
     Raises:
       UsageError: an id is not in the vocabulary.
     """
-    stream = self.stream()
-    return stream.push(ids) + stream.flush()
+    table = self._bytes_of
+    ids = list(ids)
+    if ids and not 0 <= min(ids) <= max(ids) < len(table):
+      for token_id in ids:
+        self.token_bytes(token_id)
+    raw = b"".join(map(table.__getitem__, ids))
+    return raw.decode("utf-8", errors="replace")
 
   def stream(self) -> "TextStream":
     """A decoder for ids that arrive a few at a time."""
@@ -145,6 +187,11 @@ class ChatTokenizer:
     except KeyError:
       # A special token may be spelt with characters outside that alphabet.
       return token.encode()
+
+  @functools.cached_property
+  def _bytes_of(self) -> list[bytes]:
+    """The bytes of every id."""
+    return [self.token_bytes(i) for i in range(self.vocab_size)]
 
   def _encode_turn(self, role: str, content: str) -> list[int]:
     text = self.encode(f"{role}\n{content}")
@@ -197,8 +244,13 @@ def _build_bpe(
   vocabulary: dict[str, int], merges: Sequence[str]
 ) -> tokenizers.Tokenizer:
   """BPE over bytes, of words within which every digit stands alone."""
-  pairs = [(left, right) for left, right in map(str.split, merges)]
-  bpe = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+  try:
+    pairs = [(left, right) for left, right in map(str.split, merges)]
+    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
+  except Exception as error:  # the library raises no narrower one
+    raise UsageError(
+      f"tokenizer.ggml.merges: expected pairs of tokens ({error})"
+    ) from error
   digits = pre_tokenizers.Digits(individual_digits=True)
   words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
   bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
@@ -212,10 +264,15 @@ def _check_kind(metadata: Mapping[str, Any]) -> None:
     found = _get(metadata, key)
     require(found == expected, key, found, repr(expected))
   template = _get(metadata, "tokenizer.chat_template")
-  if DEFAULT_SYSTEM not in template or "<|im_start|>" not in template:
+  if DEFAULT_SYSTEM not in str(template) or "<|im_start|>" not in str(template):
     raise UsageError(
       "tokenizer.chat_template: expected ChatML with SmolLM's system turn"
     )
+
+
+def _check_prompt(text: str) -> None:
+  is_text = isinstance(text, str) and bool(text.strip())
+  require(is_text, "prompt", text, "some text")
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
@@ -246,6 +303,14 @@ def check_unicode(field: str, text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     raise UsageError(f"{field} {text[:40]!r}: expected valid UTF-8") from error
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+  """A field that holds a list of strings."""
+  value = _get(metadata, key)
+  if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+    raise UsageError(f"{key}: expected a list of strings")
+  return value
 
 
 def _get(metadata: Mapping[str, Any], key: str) -> Any:
