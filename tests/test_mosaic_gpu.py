@@ -292,7 +292,7 @@ def test_an_older_jax_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("measured", "capability", "dtype", "nodes", "size", "name"),
+  ("has_kernels", "capability", "dtype", "nodes", "size", "name"),
   [
     (True, "9.0", jnp.bfloat16, 80, 64, "mosaic_gpu"),
     (True, "9.0", jnp.float16, 1, 64, "mosaic_gpu"),
@@ -306,12 +306,11 @@ def test_an_older_jax_is_named(monkeypatch):
   ],
 )
 def test_the_default_on_hopper(
-  monkeypatch, measured, capability, dtype, nodes, size, name
+  monkeypatch, has_kernels, capability, dtype, nodes, size, name
 ):
   device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
   monkeypatch.setattr(jax, "devices", lambda *_: [device])
-  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: True)
-  monkeypatch.setattr(mosaic_gpu, "MEASURED_TO_WIN", measured)
+  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: has_kernels)
   query = jax.ShapeDtypeStruct((1, 1, nodes, 3, 64), dtype)
   keys = jax.ShapeDtypeStruct((1, 1, size, 64), dtype)
   assert default_implementation(query, keys) == name

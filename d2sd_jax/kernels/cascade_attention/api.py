@@ -26,8 +26,6 @@ CAUSAL: Literal["causal"] = "causal"
 LocalMask = Bool[Array, "#B #G R R"] | Literal["causal"] | None
 # From so many nodes a row, one dense flash attention beats two parts in XLA.
 MIN_CUDNN_NODES = 128
-# The kernels for decoding look at every node's local keys, group by group.
-MAX_KERNEL_NODES = 256
 
 
 def cascade_attention(
@@ -125,10 +123,9 @@ def default_implementation(
 ) -> str:
   """The fastest implementation for these operands on the default device.
 
-  Mosaic GPU's serves decoding on Hopper, once it was measured to win. cuDNN's
+  Mosaic GPU's serves decoding on Hopper, and Mosaic TPU's on a TPU. cuDNN's
   wants 16-bit operands, and is worth its waste from a few hundred nodes a row;
-  its gradient asks for even sizes. On a TPU, decoding runs in Mosaic TPU's. XLA
-  runs everything.
+  its gradient asks for even sizes. XLA runs everything.
 
   Args:
     query: as for `cascade_attention`.
@@ -138,13 +135,7 @@ def default_implementation(
   """
   _, groups, nodes, _, head_dim = query.shape
   rows = groups * nodes
-  if (
-    mosaic_gpu.MEASURED_TO_WIN
-    and prefix_keys.shape[2] > 0
-    and rows <= MAX_KERNEL_NODES
-    and mosaic_gpu.why_not(query, prefix_keys, local_keys) is None
-    and mosaic_gpu.is_available()
-  ):
+  if mosaic_gpu.wins(query, prefix_keys, local_keys):
     return "mosaic_gpu"
   fits = (
     query.dtype.name in cudnn.DTYPES

@@ -18,9 +18,6 @@ from d2sd_jax.kernels.cascade_attention import xla
 from d2sd_jax.kernels.device import target_device
 from d2sd_jax.typing import Array
 
-# Whether a measurement has shown this to win where `default_implementation`
-# would pick it. Not yet: it has never run on a GPU.
-MEASURED_TO_WIN = False
 DTYPES = ("bfloat16", "float16")
 HEAD_SIZES = (64, 128)
 # Rows of a tile in shared memory; arrays are whole tiles, or less than one.
@@ -29,6 +26,8 @@ TILE = 8
 # one block can have.
 MULTIPROCESSORS = 132
 SHARED_MEMORY = 227 * 1024
+# More nodes a row are prefill or training, where cuDNN's kernel is the default.
+MAX_NODES = 256
 
 
 def why_not(
@@ -54,6 +53,26 @@ def why_not(
     # Others would have to be copied into a larger cache each time.
     return "cache rows", str(size), f"a multiple of {TILE}"
   return None
+
+
+def wins(
+  query: Array, prefix_keys: Array, local_keys: Array | None = None
+) -> bool:
+  """Whether this is the default: on Hopper, in decoding, where it fits.
+
+  There it took a fifth to three fifths of XLA's time (docs/performance.md).
+
+  Args:
+    query: as for `api.cascade_attention`.
+    prefix_keys: as for `api.cascade_attention`.
+    local_keys: as for `why_not`.
+  """
+  return (
+    prefix_keys.shape[2] > 0
+    and query.shape[1] * query.shape[2] <= MAX_NODES
+    and why_not(query, prefix_keys, local_keys) is None
+    and is_available()
+  )
 
 
 def is_available() -> bool:

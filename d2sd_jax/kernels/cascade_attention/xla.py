@@ -67,6 +67,8 @@ def _prefix_part(query, keys, values, mask):
 
 def _local_part(query, keys, values, mask):
   """Each group's nodes against the nodes of the same group."""
+  # Or XLA merges this product with the prefix's, on a copy of both keys.
+  query = jax.lax.optimization_barrier(query)
   scores = dot_float32("bgrjnh,bgkjh->bgjrnk", query, keys)
   scores = rearrange(scores, "b g j r n k -> b j g r n k")
   scores = _mask(scores, mask, query.shape[-1])
