@@ -20,6 +20,8 @@ DTYPES = ("float32", "bfloat16")
 ROLES = ("dflash", "vp_drafter")
 SLOT_WEIGHTINGS = ("exponential", "d_pace")
 OPTIMIZERS = ("adamw", "muon")
+# Rows of a tile in the memories of GPUs and TPUs.
+NODE_TILE = 8
 _T = TypeVar("_T")
 
 
@@ -159,7 +161,8 @@ class TreeConfig:
     block_size: slots in the first draft, anchor included (γ).
     num_branches: branches of the second draft (K).
     second_block_size: slots of a branch, anchor included; `None` is γ.
-    node_budget: nodes of the tree (R); `None` is as many as can be used.
+    node_budget: nodes of the tree (R); `None` is as many as can be used, in
+      whole tiles of 8.
     forbid_repeat: a branch may not begin with the token it is to correct.
   """
 
@@ -210,12 +213,17 @@ class TreeConfig:
 
   @property
   def num_nodes(self) -> int:
-    """Nodes R of the tree: the budget, or the most that can ever be used."""
+    """Nodes R of the tree: the budget, or as many as can be used."""
     return self.within_budget(self.most_nodes)
 
   def within_budget(self, most: int) -> int:
-    """The budget, where there is one and it is less than `most`."""
-    return min(self.node_budget or most, most)
+    """Slots for `most` nodes, in whole tiles; never more than the budget.
+
+    Kernels take whole tiles of rows: spare slots once in the tree cost less
+    than padding the operands of every layer.
+    """
+    whole = -(-most // NODE_TILE) * NODE_TILE
+    return min(self.node_budget or whole, whole)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

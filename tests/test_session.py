@@ -206,8 +206,8 @@ def test_answers_name_the_attention_that_ran(monkeypatch):
   session = make_session("d2sd")
   cache = tiny.target().init_cache(2, 64)
   assert session._implementation(cache) == "chosen"
-  # Two rows, one group of all nodes, the target's heads.
-  assert asked == [((2, 1, 5 + 4 + 3, 6, 8), 8)]
+  # Two rows, one group of all nodes (12, in whole tiles), the target's heads.
+  assert asked == [((2, 1, 16, 6, 8), 8)]
   forced = dataclasses.replace(tiny.target(), implementation="reference")
   session.models = dataclasses.replace(session.models, target=forced)
   assert session._implementation(cache) == "reference"
@@ -235,7 +235,7 @@ def test_record():
   speed = (LIMIT - 1) / record["decode_seconds"]
   assert record["tokens_per_second"] == pytest.approx(speed)
   sizes = [record[k] for k in ("block_size", "num_branches", "node_budget")]
-  assert sizes == [5, 2, 5 + 4 + 3]
+  assert sizes == [5, 2, 16]
   assert set(record["versions"]) == {
     *("python", "jax", "jaxlib", "flax", "d2sd_jax")
   }
