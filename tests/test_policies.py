@@ -150,7 +150,7 @@ def test_third_level(forbid):
   config = TreeConfig(block_size=5, num_branches=1, forbid_repeat=forbid)
   state = tiny.start(models, prompts)
   tree = _build("d2sd_3", models, state, config)
-  assert tree.tokens.shape[1] == 5 + 4 + 3
+  assert tree.tokens.shape[1] == 16  # 5 + 4 + 3, in whole tiles.
   third = [0 if forbid else 16, 14]
   assert _rows(tree)[0] == [10, 14, 12, 13, 14, 11, 12, 16, 14, *third]
   parents = [-1, 0, 1, 2, 3, 0, 5, 6, 7, 6, 9]
@@ -179,7 +179,7 @@ def test_samples_of_a_sure_drafter_merge_into_its_trunk():
   models = dataclasses.replace(models, drafters=(unsure,))
   config = TreeConfig(block_size=4, num_branches=3)
   tree = _build("dflash_samples", models, tiny.start(models, prompts), config)
-  assert tree.tokens.shape[1] == 1 + 3 * 4
+  assert tree.tokens.shape[1] == 16  # 1 + 3 * 4, in whole tiles.
   sure, last, nothing = _rows(tree)
   assert sure == [10, 11, 12, 13]
   assert last[:4] == [21, 22, 23, 0]
