@@ -26,8 +26,8 @@ from d2sd_jax import (
   load_target,
 )
 from d2sd_jax.config import default_target_layer_ids
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.models.cache import append
-from d2sd_jax.models.target import target_from_tensors
 
 _DATA = Path(__file__).parent / "data"
 _TINY = pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_llama"])

@@ -12,8 +12,8 @@ from gguf import quants
 from tokenizers import pre_tokenizers
 
 from d2sd_jax import Drafter, DrafterConfig, Sampling, TargetConfig, prefill
+from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
 from d2sd_jax.io.tokenizer import DEFAULT_SYSTEM
-from d2sd_jax.models.target import LAYER_TENSORS, target_from_tensors
 
 TARGET = TargetConfig(
   vocab_size=61,
