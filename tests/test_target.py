@@ -1,4 +1,4 @@
-"""The Llama family, against recorded outputs of an independent implementation.
+"""Every family, against recorded outputs of an independent implementation.
 
 How the recordings were made: `data/record_tiny.py`, `data/record_smollm2.py`.
 """
@@ -18,7 +18,6 @@ import tiny
 from d2sd_jax import (
   Models,
   Sampling,
-  TargetConfig,
   TreeConfig,
   UsageError,
   build_prefix_tree,
@@ -26,11 +25,14 @@ from d2sd_jax import (
   load_target,
 )
 from d2sd_jax.config import default_target_layer_ids
-from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.io.hf_config import target_config_from_hf
+from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
 from d2sd_jax.models.cache import append
 
 _DATA = Path(__file__).parent / "data"
-_TINY = pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_llama"])
+_TINY = pytest.mark.parametrize(
+  "name", ["tiny_qwen3", "tiny_llama", "tiny_llama3", "tiny_gpt_oss"]
+)
 _CYCLES = jnp.int32(10**6)
 
 
@@ -43,22 +45,10 @@ def _golden(name):
 def _tiny(name):
   """Config and weights of a recorded model."""
   golden = _golden(name)
-  raw = json.loads(str(golden["config"]))
-  config = TargetConfig(
-    vocab_size=raw["vocab_size"],
-    hidden_size=raw["hidden_size"],
-    intermediate_size=raw["intermediate_size"],
-    num_layers=raw["num_hidden_layers"],
-    num_heads=raw["num_attention_heads"],
-    num_kv_heads=raw["num_key_value_heads"],
-    head_dim=raw["head_dim"],
-    rope_theta=raw["rope_parameters"]["rope_theta"],
-    rms_norm_eps=raw["rms_norm_eps"],
-    max_length=raw["max_position_embeddings"],
-    tied_head=raw["tie_word_embeddings"],
-    qk_norm=raw["model_type"] == "qwen3",
-  )
-  return config, {k: v for k, v in golden.items() if k.endswith(".weight")}
+  config = target_config_from_hf(json.loads(str(golden["config"])), name)
+  if name == "tiny_gpt_oss":  # whose weights were drawn as the published are
+    config = dataclasses.replace(config, mxfp4=True)
+  return config, {k: golden[k] for k in target_tensors(config)}
 
 
 def _prefill(target, tokens, lengths, taps):
@@ -117,8 +107,10 @@ def test_greedy_continuation_is_the_recorded_one(name):
     for ids, n in zip(golden["ids"], golden["lengths"], strict=True)
   ]
   prompts.append([3, 1])  # A row that only fills the batch.
+  new = golden["greedy_ids"].shape[1]
+  assert new == 64
   state = tiny.start(
-    models, prompts, max_new=[12, 12, 12, 0], pad_to=16, capacity=32
+    models, prompts, max_new=[new] * 3 + [0], pad_to=16, capacity=16 + new
   )
   state = generate(
     models, state, Sampling.create(), _CYCLES, mode="ar", config=TreeConfig()

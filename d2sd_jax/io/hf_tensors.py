@@ -146,14 +146,14 @@ def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
   if value.shape != shape:
     refuse(f"shape {value.shape}, expected {shape}")
-  if not name.endswith(("_blocks", "_scales")):
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      refuse(f"dtype {value.dtype}, expected floating point")
-  elif value.dtype != np.uint8:
+  codes = name.endswith(("_blocks", "_scales"))
+  if codes and value.dtype != np.uint8:
     refuse(f"dtype {value.dtype}, expected uint8")
-  elif name.endswith("_scales") and isinstance(value, np.ndarray):
-    if (value == mxfp4.NAN_SCALE).any():
-      refuse("a NaN scale, expected numbers")
+  if not codes and not jnp.issubdtype(value.dtype, jnp.floating):
+    refuse(f"dtype {value.dtype}, expected floating point")
+  known = name.endswith("_scales") and isinstance(value, np.ndarray)
+  if known and (value == mxfp4.NAN_SCALE).any():
+    refuse("a NaN scale, expected numbers")
 
 
 class _Reader:
