@@ -5,9 +5,9 @@ How the recordings were made: `data/record_tiny.py`, `data/record_smollm2.py`.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +25,7 @@ from d2sd_jax import (
   load_target,
 )
 from d2sd_jax.config import default_target_layer_ids
-from d2sd_jax.io.hf_config import target_config_from_hf
-from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.models.cache import append
 
 _DATA = Path(__file__).parent / "data"
@@ -38,17 +37,7 @@ _CYCLES = jnp.int32(10**6)
 
 @functools.cache
 def _golden(name):
-  with np.load(_DATA / f"{name}.npz") as file:
-    return dict(file)
-
-
-def _tiny(name):
-  """Config and weights of a recorded model."""
-  golden = _golden(name)
-  config = target_config_from_hf(json.loads(str(golden["config"])), name)
-  if name == "tiny_gpt_oss":  # whose weights were drawn as the published are
-    config = dataclasses.replace(config, mxfp4=True)
-  return config, {k: golden[k] for k in target_tensors(config)}
+  return goldens.load(name)
 
 
 def _prefill(target, tokens, lengths, taps):
@@ -63,29 +52,14 @@ def _score(target, tree, cache, lengths, taps):
 
 @_TINY
 def test_prefill_gives_the_recorded_logits_and_layer_outputs(name):
-  config, tensors = _tiny(name)
-  golden = _golden(name)
-  target = target_from_tensors(config, tensors, jnp.float32)
-  # Every layer, so that a tap that is one off is seen.
-  taps = tuple(range(config.num_layers))
-  output = _prefill(target, golden["ids"], golden["lengths"], taps)
-  for row, length in enumerate(golden["lengths"]):
-    np.testing.assert_allclose(
-      output.logits[row], golden["logits"][row, length - 1], atol=2e-4
-    )
-    for layer in taps:
-      np.testing.assert_allclose(
-        output.features[row, :length, layer],
-        golden["hidden"][layer, row, :length],
-        rtol=1e-4,
-        atol=2e-4,
-      )
+  logits, features = goldens.check_target(_golden(name))
+  print(f"{name}: logits {logits:.1e}, features {features:.1e}")
 
 
 @_TINY
 def test_taps_are_the_layers_asked_for_in_their_order(name):
-  config, tensors = _tiny(name)
   golden = _golden(name)
+  config, tensors = goldens.target(golden)
   target = target_from_tensors(config, tensors, jnp.float32)
   output = _prefill(target, golden["ids"], golden["lengths"], (1, 3))
   for slot, layer in enumerate((1, 3)):
@@ -99,24 +73,7 @@ def test_taps_are_the_layers_asked_for_in_their_order(name):
 
 @_TINY
 def test_greedy_continuation_is_the_recorded_one(name):
-  config, tensors = _tiny(name)
-  golden = _golden(name)
-  models = Models(target=target_from_tensors(config, tensors, jnp.float32))
-  prompts = [
-    ids[:n].tolist()
-    for ids, n in zip(golden["ids"], golden["lengths"], strict=True)
-  ]
-  prompts.append([3, 1])  # A row that only fills the batch.
-  new = golden["greedy_ids"].shape[1]
-  assert new == 64
-  state = tiny.start(
-    models, prompts, max_new=[new] * 3 + [0], pad_to=16, capacity=16 + new
-  )
-  state = generate(
-    models, state, Sampling.create(), _CYCLES, mode="ar", config=TreeConfig()
-  )
-  assert tiny.answers(state, prompts)[:3] == golden["greedy_ids"].tolist()
-  assert state.lengths[3] == 2
+  goldens.check_greedy(_golden(name))
 
 
 def _tree():
