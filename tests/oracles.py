@@ -205,6 +205,8 @@ class Transformer:
     self.tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
     self.config = config
     self.prefix = prefix
+    # How much better the last chosen expert of any token was than the next.
+    self.router_margin = np.inf
 
   def weight(self, name):
     return self.tensors[f"{self.prefix}{name}.weight"]
@@ -270,7 +272,10 @@ class Transformer:
     named = lambda name: self.tensors[f"{self.prefix}{at}experts.{name}"]
     scores = self.project(at + "router", x)
     for t, row in enumerate(x):
-      chosen = np.argsort(-scores[t], kind="stable")[: c.experts_per_token]
+      order = np.argsort(-scores[t], kind="stable")
+      chosen = order[: c.experts_per_token]
+      margin = scores[t, chosen[-1]] - scores[t, order[c.experts_per_token]]
+      self.router_margin = min(self.router_margin, margin)
       shares = np.exp(scores[t, chosen] - scores[t, chosen].max())
       for e, share in zip(chosen, shares / shares.sum(), strict=True):
         both = row @ named("gate_up_proj")[e] + named("gate_up_proj_bias")[e]
@@ -285,6 +290,11 @@ class Transformer:
 
 def target_forward(tensors, config, tokens):
   """Causal forward: logits `[T, V]`, outputs of each layer `[L, T, D]`."""
+  return target_pass(tensors, config, tokens)[:2]
+
+
+def target_pass(tensors, config, tokens):
+  """`target_forward`, and the smallest margin of all choices of experts."""
   tensors = unpack_experts(tensors)
   model = Transformer(tensors, config, "model.")
   x = model.weight("embed_tokens")[np.asarray(tokens)]
@@ -298,7 +308,7 @@ def target_forward(tensors, config, tokens):
     hidden.append(x)
   x = rms_norm(x, model.weight("norm"), config.rms_norm_eps)
   head = model.tensors.get("lm_head.weight", model.weight("embed_tokens"))
-  return x @ head.T, np.stack(hidden)
+  return x @ head.T, np.stack(hidden), model.router_margin
 
 
 def branch_logits(tensors, config, context, tokens, parents):

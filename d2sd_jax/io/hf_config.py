@@ -231,6 +231,9 @@ def _windows(keys: _Keys, num_layers: int) -> tuple[int | None, ...]:
   kinds = _layer_kinds(keys, num_layers)
   if "sliding_attention" not in kinds:
     return ()
+  if keys.raw["model_type"] == "qwen3":
+    slides = keys.flag("use_sliding_window", False)
+    keys.expect("use_sliding_window", slides, "true where layers slide")
   window = keys.integer("sliding_window")
   return tuple(window if k == "sliding_attention" else None for k in kinds)
 
