@@ -7,9 +7,10 @@ again (temperature, seed, filters) is a pytree: `d2sd_jax.sampling.Sampling`.
 import dataclasses
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from d2sd_jax.errors import UsageError, require
+from d2sd_jax.models.rope import RopeScaling
 
 MODES = (
   *("ar", "prompt_lookup", "dflash", "dflash_samples"),
@@ -27,7 +28,21 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-  """Shape of a Llama-family target (Qwen3 is `qk_norm=True`)."""
+  """Shape of a target; a family is a config: Llama, Qwen3, GPT-OSS.
+
+  Attributes:
+    intermediate_size: of the feed-forward network, or of each expert.
+    rope_scaling: how RoPE is stretched; `None` is not at all.
+    qk_norm: RMS norms on queries and keys (Qwen3).
+    attention_bias: queries, keys, values and the output have biases.
+    sinks: a learnt logit per head joins the softmax's denominator.
+    windows: tokens seen by each layer, the token itself included; `None` is
+      all of them, and no entries at all that every layer sees all.
+    num_experts: experts of each layer; 0 is one plain SwiGLU.
+    experts_per_token: how many of them a token takes.
+    swiglu_limit: clamps the experts' activations.
+    mxfp4: the experts' matrices are published as 4-bit blocks with scales.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -41,6 +56,18 @@ class TargetConfig:
   max_length: int
   tied_head: bool
   qk_norm: bool = False
+  rope_scaling: RopeScaling | None = None
+  attention_bias: bool = False
+  sinks: bool = False
+  windows: tuple[int | None, ...] = ()
+  num_experts: int = 0
+  experts_per_token: int = 0
+  swiglu_limit: float = 7.0
+  mxfp4: bool = False
+
+  def window(self, layer: int) -> int | None:
+    """Tokens that a layer sees, the token itself included."""
+    return self.windows[layer] if self.windows else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +98,7 @@ class DrafterConfig:
   num_target_layers: int
   training_mode: str = "dflash"
   prefix_weight_base: float = 0.9
+  rope_scaling: ClassVar[RopeScaling | None] = None
 
   def __post_init__(self):
     for field in (

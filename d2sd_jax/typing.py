@@ -9,8 +9,8 @@ V vocabulary, A anchors, T tokens.
 from typing import TypeAlias
 
 import jax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 Array: TypeAlias = jax.Array
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "UInt8"]

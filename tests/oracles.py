@@ -124,15 +124,77 @@ def rms_norm(x, weight, eps):
   return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
-def rotate(x, positions, theta):
+def frequencies(theta, half, scaling=None):
+  """Radians per position of each pair, wave by wave."""
+  kind, out = type(scaling).__name__, []
+  for pair in range(half):
+    plain = theta ** (-pair / half)
+    wave = 2 * np.pi / plain
+    share = 0.0  # of the frequency divided by the factor
+    if kind == "LinearScaling":
+      share = 1.0
+    elif kind == "Llama3Scaling":
+      longest = scaling.original_length / scaling.low_freq_factor
+      shortest = scaling.original_length / scaling.high_freq_factor
+      if wave > longest:
+        share = 1.0
+      elif wave >= shortest:
+        turns = scaling.original_length / wave
+        share = 1 - (turns - scaling.low_freq_factor) / (
+          scaling.high_freq_factor - scaling.low_freq_factor
+        )
+    elif kind == "YarnScaling":
+      low, high = (
+        half * np.log(scaling.original_length / (2 * np.pi * b)) / np.log(theta)
+        for b in (scaling.beta_fast, scaling.beta_slow)
+      )
+      if scaling.truncate:
+        low, high = np.floor(low), np.ceil(high)
+      low, high = max(low, 0), min(high, 2 * half - 1)
+      share = min(max((pair - low) / (high - low), 0.0), 1.0)
+    factor = scaling.factor if scaling is not None else 1.0
+    out.append(plain * (1 - share) + plain / factor * share)
+  return out
+
+
+def rotate(x, positions, theta, scaling=None):
   """Rotate-half RoPE of [T, heads, H] by explicit 2x2 rotations."""
   half = x.shape[-1] // 2
   out = np.empty_like(x)
-  for pair in range(half):
-    angle = np.asarray(positions) * theta ** (-pair / half)
-    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+  stretch = scaling.attention_factor if scaling is not None else 1.0
+  for pair, frequency in enumerate(frequencies(theta, half, scaling)):
+    angle = np.asarray(positions) * frequency
+    cos, sin = (stretch * f(angle)[:, None] for f in (np.cos, np.sin))
     a, b = x[..., pair], x[..., pair + half]
     out[..., pair], out[..., pair + half] = a * cos - b * sin, b * cos + a * sin
+  return out
+
+
+def mxfp4(blocks, scales):
+  """Values of MXFP4 rows, code by code, as the OCP format defines them."""
+  out = np.zeros((*scales.shape, 32))
+  for at in np.ndindex(blocks.shape):
+    byte = int(blocks[at])
+    for i, code in enumerate((byte % 16, byte // 16)):
+      exponent, mantissa = code // 2 % 4, code % 2
+      value = (
+        (1 + mantissa / 2) * 2.0 ** (exponent - 1)
+        if exponent
+        else (mantissa / 2)
+      )
+      sign = -1 if code >= 8 else 1
+      power = 2.0 ** (int(scales[at[:-1]]) - 127)
+      out[(*at[:-1], 2 * at[-1] + i)] = sign * value * power
+  return out.reshape(*scales.shape[:-1], -1)
+
+
+def unpack_experts(tensors):
+  """Experts' matrices `[E, in, out]` in the place of MXFP4 codes."""
+  out = {k: v for k, v in tensors.items() if not k.endswith("_scales")}
+  for name in [k for k in out if k.endswith("_blocks")]:
+    stem = name.removesuffix("_blocks")
+    values = mxfp4(out.pop(name), tensors[f"{stem}_scales"])
+    out[stem] = values.swapaxes(1, 2)
   return out
 
 
@@ -143,15 +205,22 @@ class Transformer:
     self.tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
     self.config = config
     self.prefix = prefix
+    # How much better the last chosen expert of any token was than the next.
+    self.router_margin = np.inf
 
   def weight(self, name):
     return self.tensors[f"{self.prefix}{name}.weight"]
+
+  def project(self, name, x):
+    """With the bias where there is one."""
+    bias = self.tensors.get(f"{self.prefix}{name}.bias", 0.0)
+    return x @ self.weight(name).T + bias
 
   def project_kv(self, layer, x, positions):
     """Normed and rotated keys, plain values: `[T, J, H]`."""
     c, at = self.config, f"layers.{layer}.self_attn."
     keys, values = (
-      (x @ self.weight(at + name).T).reshape(len(x), -1, c.head_dim)
+      self.project(at + name, x).reshape(len(x), -1, c.head_dim)
       for name in ("k_proj", "v_proj")
     )
     return self._norm_rotate(at + "k_norm", keys, positions), values
@@ -160,15 +229,14 @@ class Transformer:
     c = self.config
     if f"{self.prefix}{name}.weight" in self.tensors:
       x = rms_norm(x, self.weight(name), c.rms_norm_eps)
-    return rotate(x, positions, c.rope_theta)
+    return rotate(x, positions, c.rope_theta, c.rope_scaling)
 
   def layer(self, i, x, positions, context, mask):
     """One layer of `x` behind `context` (keys, values), which all see."""
     c, at = self.config, f"layers.{i}."
     h = rms_norm(x, self.weight(at + "input_layernorm"), c.rms_norm_eps)
-    query = (h @ self.weight(at + "self_attn.q_proj").T).reshape(
-      len(x), -1, c.head_dim
-    )
+    query = self.project(at + "self_attn.q_proj", h)
+    query = query.reshape(len(x), -1, c.head_dim)
     query = self._norm_rotate(at + "self_attn.q_norm", query, positions)
     own = self.project_kv(i, h, positions)
     keys, values = (np.concatenate(p) for p in zip(context, own, strict=True))
@@ -176,36 +244,71 @@ class Transformer:
       [np.ones((len(x), len(context[0])), bool), mask], axis=1
     )
     share = query.shape[1] // keys.shape[1]
+    sinks = self.tensors.get(f"{self.prefix}{at}self_attn.sinks")
     out = np.zeros_like(query)
     for n in range(query.shape[1]):
       scores = query[:, n] @ keys[:, n // share].T / np.sqrt(c.head_dim)
       scores = np.where(seen, scores, -np.inf)
+      if sinks is not None:
+        sink = np.full((len(x), 1), sinks[n])
+        scores = np.concatenate([scores, sink], axis=1)
       weights = np.exp(scores - scores.max(-1, keepdims=True))
       weights /= weights.sum(-1, keepdims=True)
-      out[:, n] = weights @ values[:, n // share]
-    x = x + out.reshape(len(x), -1) @ self.weight(at + "self_attn.o_proj").T
+      out[:, n] = weights[:, : len(keys)] @ values[:, n // share]
+    x = x + self.project(at + "self_attn.o_proj", out.reshape(len(x), -1))
     h = rms_norm(
       x, self.weight(at + "post_attention_layernorm"), c.rms_norm_eps
     )
+    if f"{self.prefix}{at}mlp.router.weight" in self.tensors:
+      return x + self.experts(at + "mlp.", h)
     gate = h @ self.weight(at + "mlp.gate_proj").T
     up = h @ self.weight(at + "mlp.up_proj").T
     gated = gate / (1 + np.exp(-gate)) * up
     return x + gated @ self.weight(at + "mlp.down_proj").T
 
+  def experts(self, at, x):
+    """Token by token, expert by expert; columns of gate and up alternate."""
+    c, out = self.config, np.zeros_like(x)
+    named = lambda name: self.tensors[f"{self.prefix}{at}experts.{name}"]
+    scores = self.project(at + "router", x)
+    for t, row in enumerate(x):
+      order = np.argsort(-scores[t], kind="stable")
+      chosen = order[: c.experts_per_token]
+      margin = scores[t, chosen[-1]] - scores[t, order[c.experts_per_token]]
+      self.router_margin = min(self.router_margin, margin)
+      shares = np.exp(scores[t, chosen] - scores[t, chosen].max())
+      for e, share in zip(chosen, shares / shares.sum(), strict=True):
+        both = row @ named("gate_up_proj")[e] + named("gate_up_proj_bias")[e]
+        gate = np.minimum(both[::2], c.swiglu_limit)
+        up = np.clip(both[1::2], -c.swiglu_limit, c.swiglu_limit)
+        hidden = (up + 1) * gate / (1 + np.exp(-1.702 * gate))
+        out[t] += share * (
+          hidden @ named("down_proj")[e] + named("down_proj_bias")[e]
+        )
+    return out
+
 
 def target_forward(tensors, config, tokens):
   """Causal forward: logits `[T, V]`, outputs of each layer `[L, T, D]`."""
+  return target_pass(tensors, config, tokens)[:2]
+
+
+def target_pass(tensors, config, tokens):
+  """`target_forward`, and the smallest margin of all choices of experts."""
+  tensors = unpack_experts(tensors)
   model = Transformer(tensors, config, "model.")
   x = model.weight("embed_tokens")[np.asarray(tokens)]
   empty = np.zeros((0, config.num_kv_heads, config.head_dim))
   causal = np.tri(len(x), dtype=bool)
   hidden = []
+  back = np.arange(len(x))[:, None] - np.arange(len(x))
   for i in range(config.num_layers):
-    x = model.layer(i, x, np.arange(len(x)), (empty, empty), causal)
+    near = back < (config.window(i) or len(x))
+    x = model.layer(i, x, np.arange(len(x)), (empty, empty), causal & near)
     hidden.append(x)
   x = rms_norm(x, model.weight("norm"), config.rms_norm_eps)
   head = model.tensors.get("lm_head.weight", model.weight("embed_tokens"))
-  return x @ head.T, np.stack(hidden)
+  return x @ head.T, np.stack(hidden), model.router_margin
 
 
 def branch_logits(tensors, config, context, tokens, parents):

@@ -8,6 +8,7 @@ embedding that is not the target's (4), a cache that keeps what it must not
 
 import dataclasses
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,11 @@ def _moved(before, after):
   change = np.abs(np.asarray(before) - np.asarray(after)).max((2, 3))
   assert ((change == 0) | (change > 1e-3)).all()
   return change > 0
+
+
+def test_blocks_are_those_of_the_reference_over_three_acceptances(tmp_path):
+  error = goldens.check_drafter(goldens.load("dflash_cycles"), tmp_path)
+  print(f"largest error {error:.1e}")
 
 
 @pytest.mark.parametrize("position", range(_LENGTH))

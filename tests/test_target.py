@@ -1,13 +1,13 @@
-"""The Llama family, against recorded outputs of an independent implementation.
+"""Every family, against recorded outputs of an independent implementation.
 
 How the recordings were made: `data/record_tiny.py`, `data/record_smollm2.py`.
 """
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
+import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +18,6 @@ import tiny
 from d2sd_jax import (
   Models,
   Sampling,
-  TargetConfig,
   TreeConfig,
   UsageError,
   build_prefix_tree,
@@ -26,39 +25,22 @@ from d2sd_jax import (
   load_target,
 )
 from d2sd_jax.config import default_target_layer_ids
+from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.kernels.cascade_attention import xla
+from d2sd_jax.models import experts
 from d2sd_jax.models.cache import append
-from d2sd_jax.models.target import target_from_tensors
+from d2sd_jax.models.rope import LinearScaling
 
 _DATA = Path(__file__).parent / "data"
-_TINY = pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_llama"])
+_TINY = pytest.mark.parametrize(
+  "name", ["tiny_qwen3", "tiny_llama", "tiny_llama3", "tiny_gpt_oss"]
+)
 _CYCLES = jnp.int32(10**6)
 
 
 @functools.cache
 def _golden(name):
-  with np.load(_DATA / f"{name}.npz") as file:
-    return dict(file)
-
-
-def _tiny(name):
-  """Config and weights of a recorded model."""
-  golden = _golden(name)
-  raw = json.loads(str(golden["config"]))
-  config = TargetConfig(
-    vocab_size=raw["vocab_size"],
-    hidden_size=raw["hidden_size"],
-    intermediate_size=raw["intermediate_size"],
-    num_layers=raw["num_hidden_layers"],
-    num_heads=raw["num_attention_heads"],
-    num_kv_heads=raw["num_key_value_heads"],
-    head_dim=raw["head_dim"],
-    rope_theta=raw["rope_parameters"]["rope_theta"],
-    rms_norm_eps=raw["rms_norm_eps"],
-    max_length=raw["max_position_embeddings"],
-    tied_head=raw["tie_word_embeddings"],
-    qk_norm=raw["model_type"] == "qwen3",
-  )
-  return config, {k: v for k, v in golden.items() if k.endswith(".weight")}
+  return goldens.load(name)
 
 
 def _prefill(target, tokens, lengths, taps):
@@ -73,29 +55,14 @@ def _score(target, tree, cache, lengths, taps):
 
 @_TINY
 def test_prefill_gives_the_recorded_logits_and_layer_outputs(name):
-  config, tensors = _tiny(name)
-  golden = _golden(name)
-  target = target_from_tensors(config, tensors, jnp.float32)
-  # Every layer, so that a tap that is one off is seen.
-  taps = tuple(range(config.num_layers))
-  output = _prefill(target, golden["ids"], golden["lengths"], taps)
-  for row, length in enumerate(golden["lengths"]):
-    np.testing.assert_allclose(
-      output.logits[row], golden["logits"][row, length - 1], atol=2e-4
-    )
-    for layer in taps:
-      np.testing.assert_allclose(
-        output.features[row, :length, layer],
-        golden["hidden"][layer, row, :length],
-        rtol=1e-4,
-        atol=2e-4,
-      )
+  logits, features = goldens.check_target(_golden(name))
+  print(f"{name}: logits {logits:.1e}, features {features:.1e}")
 
 
 @_TINY
 def test_taps_are_the_layers_asked_for_in_their_order(name):
-  config, tensors = _tiny(name)
   golden = _golden(name)
+  config, tensors = goldens.target(golden)
   target = target_from_tensors(config, tensors, jnp.float32)
   output = _prefill(target, golden["ids"], golden["lengths"], (1, 3))
   for slot, layer in enumerate((1, 3)):
@@ -109,22 +76,7 @@ def test_taps_are_the_layers_asked_for_in_their_order(name):
 
 @_TINY
 def test_greedy_continuation_is_the_recorded_one(name):
-  config, tensors = _tiny(name)
-  golden = _golden(name)
-  models = Models(target=target_from_tensors(config, tensors, jnp.float32))
-  prompts = [
-    ids[:n].tolist()
-    for ids, n in zip(golden["ids"], golden["lengths"], strict=True)
-  ]
-  prompts.append([3, 1])  # A row that only fills the batch.
-  state = tiny.start(
-    models, prompts, max_new=[12, 12, 12, 0], pad_to=16, capacity=32
-  )
-  state = generate(
-    models, state, Sampling.create(), _CYCLES, mode="ar", config=TreeConfig()
-  )
-  assert tiny.answers(state, prompts)[:3] == golden["greedy_ids"].tolist()
-  assert state.lengths[3] == 2
+  goldens.check_greedy(_golden(name))
 
 
 def _tree():
@@ -144,10 +96,23 @@ def _tree():
   return tree
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_score_tree_equals_one_causal_forward_per_branch(tied, qk_norm):
-  config = dataclasses.replace(tiny.TARGET, tied_head=tied, qk_norm=qk_norm)
+_LINEAR = LinearScaling(factor=3.0)
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    tiny.TARGET,
+    dataclasses.replace(tiny.TARGET, tied_head=True),
+    dataclasses.replace(tiny.TARGET, qk_norm=False, rope_scaling=_LINEAR),
+    tiny.GPT_OSS,
+    # As many experts as a few rows choose: all are looked at in every pass.
+    dataclasses.replace(tiny.GPT_OSS, num_experts=3, windows=(1, 4, 7)),
+    dataclasses.replace(tiny.GPT_OSS, num_experts=47, windows=(5, 6, None)),
+  ],
+  ids=["qwen3", "tied", "linear", "gpt_oss", "3 experts", "47 experts"],
+)
+def test_score_tree_equals_one_causal_forward_per_branch(config):
   tensors = tiny.target_tensors(config, 3)
   target = tiny.target(3, config)
   prompts = np.array([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]])
@@ -190,6 +155,63 @@ def test_score_tree_equals_one_causal_forward_per_branch(tied, qk_norm):
   again = _score(target, tree, poisoned, lengths, (0, 2))
   np.testing.assert_array_equal(scores.logits, again.logits)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(again))
+
+
+def test_each_node_sees_the_window_of_its_own_position():
+  """Not the root's: the published reference has one window for all nodes."""
+  window, length = 3, 5
+  config = dataclasses.replace(
+    tiny.GPT_OSS, num_layers=1, windows=(window,), num_experts=0, sinks=False
+  )
+  target, tree = tiny.target(0, config), _tree()
+  lengths = jnp.array([length, length - 1])
+  ids = jnp.arange(10).reshape(2, 5)
+  kv = _prefill(target, ids, lengths, ()).kv
+  cache = append(target.init_cache(2, 8), kv, jnp.zeros((2,), jnp.int32))
+  before = _score(target, tree, cache, lengths, ()).logits
+  depths = np.asarray(tree.depths)
+  for row in range(8):
+    changed = jax.tree.map(lambda x, row=row: x.at[:, :, row].add(1.0), cache)
+    after = _score(target, tree, changed, lengths, ()).logits
+    moved = np.abs(after - before).max(-1) > 1e-3
+    position = np.asarray(lengths)[:, None] + depths
+    sees = (row < np.asarray(lengths)[:, None]) & (position - row < window)
+    valid = np.asarray(tree.valid)
+    np.testing.assert_array_equal(moved & valid, sees & valid)
+  for node in range(1, tree.tokens.shape[1]):
+    tokens = tree.tokens.at[:, node].add(1)
+    changed = dataclasses.replace(tree, tokens=tokens)
+    after = _score(target, changed, cache, lengths, ()).logits
+    moved = np.abs(after - before).max(-1) > 1e-3
+    for b in range(2):
+      above = oracles.ancestors(np.asarray(tree.parents[b]))[:, node]
+      near = depths[b] - depths[b, node] < window
+      np.testing.assert_array_equal(moved[b], above & near)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 11])
+def test_a_long_prompt_is_seen_through_its_windows(length):
+  """Below, at and past the windows of 3 and 2; and in slices."""
+  config = tiny.GPT_OSS
+  tensors = tiny.target_tensors(config, 1)
+  ids = np.random.default_rng(0).integers(61, size=(2, 11))
+  lengths = np.array([length, 1])
+  output = _prefill(tiny.target(1, config), ids, lengths, (0, 1, 2))
+  for row, n in enumerate(lengths):
+    logits, hidden = oracles.target_forward(tensors, config, ids[row, :n])
+    np.testing.assert_allclose(output.logits[row], logits[-1], atol=2e-4)
+    got = output.features[row, :n].swapaxes(0, 1)
+    np.testing.assert_allclose(got, hidden, rtol=1e-4, atol=2e-4)
+
+
+def test_long_prompts_go_through_attention_and_experts_in_slices(monkeypatch):
+  ids = np.random.default_rng(0).integers(61, size=(1, 24))
+  whole = tiny.target(1, tiny.GPT_OSS).prefill(ids, jnp.array([24]), (1,))
+  monkeypatch.setattr(xla, "MAX_NODES", 8)
+  monkeypatch.setattr(experts, "MAX_ROWS", 12)
+  parts = tiny.target(1, tiny.GPT_OSS).prefill(ids, jnp.array([24]), (1,))
+  np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
+  np.testing.assert_allclose(parts.features, whole.features, atol=1e-4)
 
 
 def test_prefill_does_not_depend_on_padding():

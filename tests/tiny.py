@@ -12,8 +12,10 @@ from gguf import quants
 from tokenizers import pre_tokenizers
 
 from d2sd_jax import Drafter, DrafterConfig, Sampling, TargetConfig, prefill
+from d2sd_jax.io import hf_tensors
+from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
 from d2sd_jax.io.tokenizer import DEFAULT_SYSTEM
-from d2sd_jax.models.target import LAYER_TENSORS, target_from_tensors
+from d2sd_jax.models.rope import YarnScaling, yarn_attention_factor
 
 TARGET = TargetConfig(
   vocab_size=61,
@@ -28,6 +30,26 @@ TARGET = TargetConfig(
   max_length=128,
   tied_head=False,
   qk_norm=True,
+)
+# Windows shorter than any block, so that a tree reaches past them.
+GPT_OSS = dataclasses.replace(
+  TARGET,
+  intermediate_size=14,
+  qk_norm=False,
+  rope_scaling=YarnScaling(
+    factor=4.0,
+    original_length=32,
+    attention_factor=yarn_attention_factor(4.0),
+    beta_fast=6.0,
+    beta_slow=0.5,
+    truncate=False,
+  ),
+  attention_bias=True,
+  sinks=True,
+  windows=(3, None, 2),
+  num_experts=5,
+  experts_per_token=2,
+  swiglu_limit=3.0,
 )
 DFLASH = DrafterConfig(
   vocab_size=TARGET.vocab_size,
@@ -59,40 +81,29 @@ jit_prefill = jax.jit(prefill, static_argnames="capacity")
 def target_tensors(config, seed):
   """Random weights under Hugging Face names; rows of the head equally long."""
   rng = np.random.default_rng(seed)
-  c = config
-  query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  width, mlp = c.hidden_size, c.intermediate_size
-  shapes = {
-    "q_proj": (query, width),
-    "k_proj": (key, width),
-    "v_proj": (key, width),
-    "o_proj": (width, query),
-    "gate_proj": (mlp, width),
-    "up_proj": (mlp, width),
-    "down_proj": (width, mlp),
-    "q_norm": (c.head_dim,),
-    "k_norm": (c.head_dim,),
-  }
+  shapes = hf_tensors.target_tensors(config)
 
-  def draw(shape):
-    noise = rng.standard_normal(shape)
-    value = 0.35 * noise if len(shape) == 2 else 1 + 0.3 * noise
-    return value.astype(np.float32)
+  def draw(name):
+    noise = rng.standard_normal(shapes[name])
+    if name.endswith(("norm.weight", "layernorm.weight")):
+      return (1 + 0.3 * noise).astype(np.float32)
+    return (0.35 * noise).astype(np.float32)
 
-  tensors = {
-    "model.embed_tokens.weight": 3 * draw((c.vocab_size, width)),
-    "model.norm.weight": draw((width,)),
-  }
-  for i in range(c.num_layers):
-    for field, name in LAYER_TENSORS.items():
-      if field in ("q_norm", "k_norm") and not c.qk_norm:
-        continue
-      shape = shapes.get(field, (width,))
-      tensors[f"model.layers.{i}.{name}.weight"] = draw(shape)
-  if not c.tied_head:
-    head = draw((c.vocab_size, width))
-    head *= 4 / np.linalg.norm(head, axis=1, keepdims=True)
-    tensors["lm_head.weight"] = head
+  embedding, norm, head = hf_tensors.EMBEDDING, hf_tensors.NORM, hf_tensors.HEAD
+  tensors = {embedding: 3 * draw(embedding), norm: draw(norm)}
+  names = [
+    f"model.layers.{i}.{name}.weight"
+    for i in range(config.num_layers)
+    for name in LAYER_TENSORS.values()
+  ]
+  # What only some targets have comes last, and leaves the others as they were.
+  names = [*filter(shapes.__contains__, names)]
+  names += [n for n in shapes if n not in (*names, *tensors, head)]
+  for name in names:
+    tensors[name] = draw(name)
+  if head in shapes:
+    rows = draw(head)
+    tensors[head] = 4 * rows / np.linalg.norm(rows, axis=1, keepdims=True)
   return tensors
 
 

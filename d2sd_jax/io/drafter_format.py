@@ -20,9 +20,9 @@ from safetensors.numpy import load_file, save_file
 
 from d2sd_jax.config import DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.hf_tensors import LAYER_TENSORS
 from d2sd_jax.io.paths import atomic_write
 from d2sd_jax.models.drafter import Drafter
-from d2sd_jax.models.target import LAYER_TENSORS
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 

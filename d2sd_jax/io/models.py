@@ -10,9 +10,10 @@ from d2sd_jax.errors import require
 from d2sd_jax.io.drafter_format import load_drafter_folder
 from d2sd_jax.io.fetch import SMOLLM2_135M, fetch_default_target
 from d2sd_jax.io.gguf import load_gguf, target_metadata
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.models.drafter import Drafter
-from d2sd_jax.models.target import LlamaTarget, target_from_tensors
+from d2sd_jax.models.target import LlamaTarget
 
 DEFAULT_TARGET = "smollm2-135m"
 

@@ -26,6 +26,8 @@ INIT_STD = 0.02
 class DrafterLayer(nnx.Module):
   """Weights of one layer, named as `transformer_block` reads them."""
 
+  q_bias = k_bias = v_bias = o_bias = sinks = experts = None
+
   def __init__(
     self,
     config: DrafterConfig,

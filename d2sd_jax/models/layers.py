@@ -8,6 +8,8 @@ from einops import rearrange
 
 from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
 from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.models.experts import mix_experts
+from d2sd_jax.models.rope import RopeScaling, rotate
 from d2sd_jax.typing import Array, Float, Int
 
 
@@ -18,6 +20,8 @@ class BlockConfig(Protocol):
   def head_dim(self) -> int: ...  # noqa: D102
   @property
   def rope_theta(self) -> float: ...  # noqa: D102
+  @property
+  def rope_scaling(self) -> RopeScaling | None: ...  # noqa: D102
   @property
   def rms_norm_eps(self) -> float: ...  # noqa: D102
 
@@ -31,24 +35,15 @@ def rms_norm(
   return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotate(
-  x: Float[Array, "*positions heads H"],
-  positions: Int[Array, "*positions"],
-  theta: float,
-) -> Float[Array, "*positions heads H"]:
-  """Rotary embedding in its rotate-half form, angles in float32."""
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-  return rotated.astype(x.dtype)
+def _project(x, matrix, bias):
+  """x W, and its bias where there is one."""
+  out = matmul("...d,do->...o", x, matrix)
+  return out if bias is None else out + bias
 
 
-def _heads(x, projection, head_dim):
+def _heads(x, projection, bias, head_dim):
   """Projects to heads of `head_dim`."""
-  out = matmul("...d,do->...o", x, projection)
+  out = _project(x, projection, bias)
   return rearrange(out, "... (n h) -> ... n h", h=head_dim)
 
 
@@ -56,7 +51,7 @@ def _norm_and_rotate(x, norm, positions, config):
   """QK-norm where the block has one, then RoPE."""
   if norm is not None:
     x = rms_norm(x, norm, config.rms_norm_eps)
-  return rotate(x, positions, config.rope_theta)
+  return rotate(x, positions, config.rope_theta, config.rope_scaling)
 
 
 def project_kv(
@@ -70,8 +65,8 @@ def project_kv(
   A drafter calls this for its context features too: they take the same
   projections as the block's own slots, but not the layer's input norm.
   """
-  keys = _heads(x, weights.k_proj, config.head_dim)
-  values = _heads(x, weights.v_proj, config.head_dim)
+  keys = _heads(x, weights.k_proj, weights.k_bias, config.head_dim)
+  values = _heads(x, weights.v_proj, weights.v_bias, config.head_dim)
   return _norm_and_rotate(keys, weights.k_norm, positions, config), values
 
 
@@ -84,29 +79,33 @@ def transformer_block(
   local_mask: LocalMask,
   config: BlockConfig,
   implementation: str | None = None,
+  prefix_start: Int[Array, "B G R"] | None = None,
 ) -> tuple[
   Float[Array, "B G R D"],
   tuple[Float[Array, "B G R J H"], Float[Array, "B G R J H"]],
 ]:
-  """Pre-norm attention over prefix and tree, then SwiGLU.
+  """Pre-norm attention over prefix and tree, then SwiGLU or experts.
 
   Args:
     weights: one layer; any object with `input_norm, q_proj, k_proj, v_proj,
-      o_proj, q_norm, k_norm, post_norm, gate_proj, up_proj, down_proj`
-      (matrices `[in, out]`, `q_norm` and `k_norm` may be `None`).
+      o_proj, q_norm, k_norm, post_norm, gate_proj, up_proj, down_proj, q_bias,
+      k_bias, v_bias, o_bias, sinks, experts`; matrices are `[in, out]`. Norms
+      of queries and keys, biases, sinks and experts may be `None`; where there
+      are experts, the three matrices of SwiGLU are not read.
     x: hidden states of G groups of R nodes.
     positions: absolute positions, for RoPE.
     prefix: keys and values of this layer's cache.
     prefix_end: see `cascade_attention`.
     local_mask: see `cascade_attention`.
-    config: head size, RoPE theta and norm epsilon.
+    config: head size, RoPE and norm epsilon.
     implementation: see `cascade_attention`.
+    prefix_start: see `cascade_attention`.
 
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
   h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
-  query = _heads(h, weights.q_proj, config.head_dim)
+  query = _heads(h, weights.q_proj, weights.q_bias, config.head_dim)
   query = _norm_and_rotate(query, weights.q_norm, positions, config)
   keys, values = project_kv(weights, h, positions, config)
   attended = cascade_attention(
@@ -115,16 +114,21 @@ def transformer_block(
     keys,
     values,
     prefix_end=prefix_end,
+    prefix_start=prefix_start,
     local_mask=local_mask,
+    sinks=weights.sinks,
     implementation=implementation,
   )
   attended = rearrange(attended, "... n h -> ... (n h)")
-  x = x + matmul("...o,od->...d", attended, weights.o_proj)
-
+  x = x + _project(attended, weights.o_proj, weights.o_bias)
   h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
-  gate = jax.nn.silu(matmul("...d,dm->...m", h, weights.gate_proj))
-  up = matmul("...d,dm->...m", h, weights.up_proj)
-  return x + matmul("...m,md->...d", gate * up, weights.down_proj), (
-    keys,
-    values,
-  )
+  return x + _feed_forward(weights, h), (keys, values)
+
+
+def _feed_forward(weights, x):
+  """SwiGLU, or a mixture of experts where the layer has them."""
+  if weights.experts is not None:
+    return mix_experts(weights.experts, x)
+  gate = jax.nn.silu(matmul("...d,dm->...m", x, weights.gate_proj))
+  up = matmul("...d,dm->...m", x, weights.up_proj)
+  return matmul("...m,md->...d", gate * up, weights.down_proj)

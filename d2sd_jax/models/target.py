@@ -1,21 +1,19 @@
-"""The target: what the decode loop needs of one, and the Llama family.
+"""The target: what the decode loop needs of one, and the one model we have.
 
-Qwen3 is `TargetConfig(qk_norm=True)`, not a second model.
+A family (Llama, Qwen3, GPT-OSS) is a `TargetConfig`, not a second model.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from d2sd_jax.config import TargetConfig
-from d2sd_jax.errors import UsageError
 from d2sd_jax.kernels.cascade_attention import CAUSAL, LocalMask
 from d2sd_jax.kernels.dot import dot_float32
 from d2sd_jax.models.cache import KVCache
+from d2sd_jax.models.experts import Experts
 from d2sd_jax.models.layers import rms_norm, transformer_block
 from d2sd_jax.tree import PrefixTree, ancestor_mask
 from d2sd_jax.typing import Array, Float, Int
@@ -81,7 +79,7 @@ class Target(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-  """One layer; matrices are `[in, out]`."""
+  """One layer; matrices are `[in, out]`, and `None` is not there."""
 
   input_norm: Float[Array, " D"]
   q_proj: Float[Array, "D NH"]
@@ -91,31 +89,21 @@ class LayerWeights:
   q_norm: Float[Array, " H"] | None
   k_norm: Float[Array, " H"] | None
   post_norm: Float[Array, " D"]
-  gate_proj: Float[Array, "D M"]
-  up_proj: Float[Array, "D M"]
-  down_proj: Float[Array, "M D"]
-
-
-# Hugging Face's name and layout of each field: [out, in] matrices transpose.
-LAYER_TENSORS = {
-  "input_norm": "input_layernorm",
-  "q_proj": "self_attn.q_proj",
-  "k_proj": "self_attn.k_proj",
-  "v_proj": "self_attn.v_proj",
-  "o_proj": "self_attn.o_proj",
-  "q_norm": "self_attn.q_norm",
-  "k_norm": "self_attn.k_norm",
-  "post_norm": "post_attention_layernorm",
-  "gate_proj": "mlp.gate_proj",
-  "up_proj": "mlp.up_proj",
-  "down_proj": "mlp.down_proj",
-}
+  gate_proj: Float[Array, "D M"] | None
+  up_proj: Float[Array, "D M"] | None
+  down_proj: Float[Array, "M D"] | None
+  q_bias: Float[Array, " NH"] | None = None
+  k_bias: Float[Array, " JH"] | None = None
+  v_bias: Float[Array, " JH"] | None = None
+  o_bias: Float[Array, " D"] | None = None
+  sinks: Float[Array, " N"] | None = None
+  experts: Experts | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaTarget:
-  """A Llama-family target; implements `Target`.
+  """A decoder-only transformer; implements `Target`.
 
   Attributes:
     embedding: also the head where `lm_head` is `None` (tied).
@@ -203,17 +191,23 @@ class LlamaTarget:
   ) -> tuple[Float[Array, "B R D"], Float[Array, "B R taps D"], KVCache]:
     """All layers over one group of nodes behind the cached prefix."""
     x = self.embed(tokens)[:, None]
+    seen = {
+      window: _visible(mask, positions, window)
+      for window in set(map(self.config.window, range(len(self.layers))))
+    }
     new_kv, tapped = [], {}
     for i, weights in enumerate(self.layers):
+      near, start = seen[self.config.window(i)]
       x, kv = transformer_block(
         weights,
         x,
         positions[:, None],
         cache.layer(i),
         lengths,
-        mask,
+        near,
         self.config,
         self.implementation,
+        start,
       )
       new_kv.append((kv[0][:, 0], kv[1][:, 0]))
       if i in taps:
@@ -226,70 +220,25 @@ class LlamaTarget:
     return x[:, 0], features, KVCache.from_layers(new_kv)
 
 
-def target_from_tensors(
-  config: TargetConfig,
-  tensors: Mapping[str, np.ndarray],
-  dtype: jax.typing.DTypeLike,
-  implementation: str | None = None,
-) -> LlamaTarget:
-  """Builds a target from tensors under Hugging Face names, `[out, in]`.
+def _visible(
+  mask: LocalMask, positions: Int[Array, "B R"], window: int | None
+) -> tuple[LocalMask, Int[Array, "B 1 R"] | None]:
+  """What a layer's nodes see: the mask among them, and where prefixes start.
+
+  A node sees the `window` tokens that end with itself, whether they lie in the
+  prefix or above it in the tree.
 
   Args:
-    config: the target's shape.
-    tensors: every tensor of the model and no other.
-    dtype: of the weights and of all computation that is not float32 by rule.
-    implementation: of `cascade_attention`.
-
-  Raises:
-    UsageError: a tensor is missing, left over, or of another shape.
+    mask: what a node would see without a window.
+    positions: absolute positions of the nodes.
+    window: tokens, the node's own included; `None` is all.
   """
-  left = dict(tensors)
-
-  def take(name: str, *shape: int) -> jax.Array:
-    if name not in left:
-      raise UsageError(f"target tensor {name}: missing")
-    value = left.pop(name)
-    if value.shape != shape:
-      raise UsageError(
-        f"target tensor {name}: shape {value.shape}, expected {shape}"
-      )
-    return jnp.asarray(value.T if value.ndim == 2 else value, dtype)
-
-  c = config
-  width, mlp = c.hidden_size, c.intermediate_size
-  query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  shapes: dict[str, tuple[int, ...]] = {
-    "input_norm": (width,),
-    "q_proj": (query, width),
-    "k_proj": (key, width),
-    "v_proj": (key, width),
-    "o_proj": (width, query),
-    "q_norm": (c.head_dim,),
-    "k_norm": (c.head_dim,),
-    "post_norm": (width,),
-    "gate_proj": (mlp, width),
-    "up_proj": (mlp, width),
-    "down_proj": (width, mlp),
-  }
-
-  def layer(i: int) -> LayerWeights:
-    fields: dict[str, Any] = {
-      field: None
-      if field in ("q_norm", "k_norm") and not c.qk_norm
-      else take(f"model.layers.{i}.{name}.weight", *shapes[field])
-      for field, name in LAYER_TENSORS.items()
-    }
-    return LayerWeights(**fields)
-
-  table = (c.vocab_size, width)
-  target = LlamaTarget(
-    embedding=take("model.embed_tokens.weight", *table).T,
-    layers=tuple(layer(i) for i in range(c.num_layers)),
-    norm=take("model.norm.weight", width),
-    lm_head=None if c.tied_head else take("lm_head.weight", *table).T,
-    config=config,
-    implementation=implementation,
-  )
-  if left:
-    raise UsageError(f"target tensor {min(left)}: not part of such a model")
-  return target
+  if window is None:
+    return mask, None
+  start = jnp.maximum(positions - window + 1, 0)[:, None]
+  if positions.shape[1] <= window:
+    return mask, start
+  if isinstance(mask, str):
+    mask = jnp.tri(positions.shape[1], dtype=bool)[None, None]
+  near = positions[:, :, None] - positions[:, None, :] < window
+  return near[:, None] if mask is None else mask & near[:, None], start
