@@ -26,10 +26,9 @@ from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require
 from d2sd_jax.evaluation import choice_margin, first_difference
-from d2sd_jax.io.models import load_target, target_path
+from d2sd_jax.io.models import load_target, load_tokenizer
 from d2sd_jax.io.paths import check_output
 from d2sd_jax.io.prompts import read_prompts
-from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.target import LlamaTarget
 
 DESCRIPTION = """\
@@ -46,7 +45,12 @@ EXAMPLES = """\
 
 # Flag, type, what the help shows for its value, help.
 CONFIG_FLAGS = (
-  ("target", str, "PATH", "smollm2-135m, or a GGUF file or its folder"),
+  (
+    "target",
+    str,
+    "PATH",
+    "smollm2-135m, a Hugging Face folder, or a GGUF file",
+  ),
   ("drafter", str, "PATH", "drafter 1: a folder or a shipped name"),
   ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
   ("mode", str, "|".join((*MODES, "compare")), "default d2sd"),
@@ -121,12 +125,12 @@ def main(arguments: Sequence[str]) -> None:
   drafters = plan.load_drafters()
   for warning in plan.role_warnings(drafters):
     print(warning, file=sys.stderr, flush=True)
-  tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  tokenizer = load_tokenizer(config.target)
   for drafter in drafters:
     tokenizer.check_mask_token(drafter.config.mask_token_id)
   requests = [
-    Request(sequence_id=i, tokens=tuple(tokenizer.encode_chat(messages)))
-    for i, messages in enumerate(conversations)
+    Request(sequence_id=i, tokens=tuple(ids))
+    for i, ids in enumerate(tokenizer.encode_chats(conversations))
   ]
   plan.check_context(requests)
   target = load_target(config.target, plan.config.dtype)

@@ -42,11 +42,10 @@ from d2sd_jax.io.drafter_format import read_drafter_config, save_drafter
 from d2sd_jax.io.models import (
   load_drafter,
   load_target,
+  load_tokenizer,
   read_target_config,
-  target_path,
 )
 from d2sd_jax.io.paths import atomic_write, find_checkpoint, user_path
-from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.progress import progress_bar
 from d2sd_jax.training.checkpoint import Checkpointer, check_workdir
@@ -152,7 +151,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   console = Console(stderr=True)
   check(config, workdir)
 
-  tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  tokenizer = load_tokenizer(config.target)
   tokenizer.check_mask_token(config.mask_token_id)
   read = lambda field: read_conversations(
     getattr(config, field),

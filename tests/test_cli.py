@@ -31,7 +31,8 @@ from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.io import models, paths
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.io.fetch import SMOLLM2_135M, DownloadError
-from d2sd_jax.io.tokenizer import ChatTokenizer, TextStream
+from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
+from d2sd_jax.io.tokenizer import TextStream
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OLD = "what was there before"
@@ -300,7 +301,7 @@ def test_long_prompt_is_one_line(smollm2_path, monkeypatch, capsys):
 
 
 def test_chat_ids_known_beforehand(smollm2_path):
-  tokenizer = ChatTokenizer.from_gguf(smollm2_path)
+  tokenizer = gguf_tokenizer(smollm2_path)
   assert tokenizer.chat_ids == planning.DEFAULT_CHAT_IDS
 
 
@@ -427,15 +428,14 @@ class FakeTokenizer:
 
   stop_ids = (61,)
 
-  @classmethod
-  def from_gguf(cls, path):
-    return cls()
-
   def check_mask_token(self, token_id):
     assert 0 <= token_id < 61
 
-  def encode_chat(self, messages):
-    return [3 + ord(c) % 50 for m in messages for c in m["content"]]
+  def encode_chats(self, conversations):
+    return [
+      [3 + ord(c) % 50 for m in messages for c in m["content"]]
+      for messages in conversations
+    ]
 
   def token_bytes(self, token_id):
     return bytes([64 + token_id])
@@ -452,9 +452,8 @@ def tiny_target(tmp_path, monkeypatch):
   """The whole script around a tiny target; gives the flags for it."""
   monkeypatch.setattr(planning, "read_target_config", lambda _: tiny.TARGET)
   monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
-  monkeypatch.setattr(decode, "target_path", lambda _: None)
   monkeypatch.setattr(decode, "load_target", lambda *_: tiny.target())
-  monkeypatch.setattr(decode, "ChatTokenizer", FakeTokenizer)
+  monkeypatch.setattr(decode, "load_tokenizer", lambda _: FakeTokenizer())
   save_drafter(tiny.drafter(), tmp_path / "one")
   save_drafter(tiny.drafter(tiny.VP), tmp_path / "two")
   return [
@@ -554,7 +553,7 @@ def test_compare(tiny_target, tmp_path, monkeypatch, capsys):
   assert "dflash, prompt 2: token 2 differs" in out
   assert "0.25 apart: not a tie" in out
   # The target's choice is judged after the prompt and the tokens before it.
-  letters = FakeTokenizer().encode_chat([{"content": "a cat"}])
+  letters = FakeTokenizer().encode_chats([[{"content": "a cat"}]])[0]
   assert margins == [[*letters, 8, 9]]
   assert out.index("ar, prompt 2 of 2") < out.index("d2sd, prompt 2 of 2")
   records = json.loads(output.read_text())

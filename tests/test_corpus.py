@@ -15,8 +15,8 @@ import pytest
 from d2sd_jax import cli
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
+from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
 from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
-from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.training import corpus, ngrams, openings, synthesis, turns
 from d2sd_jax.training.data import read_conversations
 from d2sd_jax.training.sources import TopUp
@@ -483,7 +483,7 @@ def test_the_formats_words_are_no_part_of_n_grams():
 
 
 def test_real_prefixes_fit_their_bucket(smollm2_path, tmp_path):
-  tokenizer = ChatTokenizer.from_gguf(smollm2_path)
+  tokenizer = gguf_tokenizer(smollm2_path)
   prefixes = turns.turn_prefixes(tokenizer, 96)
   assert len(prefixes[""]) == 24
   assert all(

@@ -11,7 +11,11 @@ from tokenizers import decoders
 
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io.gguf_header import read_header
-from d2sd_jax.io.tokenizer import DEFAULT_SYSTEM, ChatTokenizer
+from d2sd_jax.io.gguf_tokenizer import (
+  DEFAULT_SYSTEM,
+  SmolLM2Tokenizer,
+  gguf_tokenizer,
+)
 
 _TEXTS = [
   "Hello, world!",
@@ -31,7 +35,7 @@ def metadata(smollm2_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(metadata):
-  return ChatTokenizer(metadata)
+  return SmolLM2Tokenizer(metadata)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def test_ids_with_a_meaning(tokenizer, metadata):
 
 
 def test_from_gguf_is_the_same(smollm2_path, tokenizer):
-  other = ChatTokenizer.from_gguf(smollm2_path)
+  other = gguf_tokenizer(smollm2_path)
   for text in _TEXTS:
     assert other.encode(text) == tokenizer.encode(text)
 
@@ -214,7 +218,7 @@ def test_another_kind_of_tokenizer_is_refused(metadata, key, value):
   if value is not None:
     changed[key] = value
   with pytest.raises(UsageError, match=r"tokenizer\."):
-    ChatTokenizer(changed)
+    SmolLM2Tokenizer(changed)
 
 
 def _write(path, **changes):
@@ -226,7 +230,7 @@ def _write(path, **changes):
 
 
 def test_a_file_of_few_tokens(tmp_path):
-  tokenizer = ChatTokenizer.from_gguf(_write(tmp_path / "a.gguf"))
+  tokenizer = gguf_tokenizer(_write(tmp_path / "a.gguf"))
   assert tokenizer.decode(tokenizer.encode("he hé")) == "he hé"
   assert tokenizer.encode("he") == [tiny.TOKENS.index("he")]
 
@@ -253,6 +257,6 @@ def test_a_damaged_tokenizer_is_named_with_its_file(tmp_path, field, value):
     changes["token_type"] = [3] * 3 + [1] * (len(value) - 3)
   path = _write(tmp_path / "a.gguf", **changes)
   with pytest.raises(UsageError) as caught:
-    ChatTokenizer.from_gguf(path)
+    gguf_tokenizer(path)
   assert str(caught.value).startswith(f"{path}: tokenizer.ggml.")
   assert "expected" in str(caught.value)

@@ -16,6 +16,7 @@ from d2sd_jax.eval.calibration import Outcome
 from d2sd_jax.eval.measure import Measured
 from d2sd_jax.eval.tasks import Task
 from d2sd_jax.io.drafter_format import save_drafter
+from d2sd_jax.io.models import file_sha256
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 TEXTS = {"mt_bench": ("owls", "ten cats"), "aime25": ("moon", "a red sun")}
@@ -25,10 +26,6 @@ class FakeTokenizer:
   """A letter per id."""
 
   stop_ids = (61,)
-
-  @classmethod
-  def from_gguf(cls, path):
-    return cls()
 
   def check_mask_token(self, token_id):
     assert 0 <= token_id < 61
@@ -50,10 +47,9 @@ def run(tmp_path, monkeypatch):
   weights.write_bytes(b"weights")
   monkeypatch.setattr(planning, "read_target_config", lambda _: tiny.TARGET)
   monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
-  for module in (bench, ladder):
-    monkeypatch.setattr(module, "target_path", lambda _: weights)
+  monkeypatch.setattr(ladder, "target_sha256", lambda _: file_sha256(weights))
   monkeypatch.setattr(bench, "load_target", lambda *_: tiny.target())
-  monkeypatch.setattr(bench, "ChatTokenizer", FakeTokenizer)
+  monkeypatch.setattr(bench, "load_tokenizer", lambda _: FakeTokenizer())
 
   def prompts(name, num):
     follow_up = {"follow_up": "and?"} if name == "mt_bench" else {}

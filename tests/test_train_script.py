@@ -185,7 +185,8 @@ def test_a_file_without_a_usable_line_is_named_by_its_field(
 def test_a_workdir_that_cannot_be_written_is_told_first(
   run, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(train, "target_path", lambda _: pytest.fail("fetched"))
+  fetch = lambda _: pytest.fail("fetched")
+  monkeypatch.setattr(train, "load_tokenizer", fetch)
   (tmp_path / "file").touch()
   status, error = run("file/run")
   assert (status, error.count("\n")) == (2, 1)

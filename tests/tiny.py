@@ -13,8 +13,8 @@ from tokenizers import pre_tokenizers
 
 from d2sd_jax import Drafter, DrafterConfig, Sampling, TargetConfig, prefill
 from d2sd_jax.io import hf_tensors
+from d2sd_jax.io.gguf_tokenizer import DEFAULT_SYSTEM
 from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
-from d2sd_jax.io.tokenizer import DEFAULT_SYSTEM
 from d2sd_jax.models.rope import YarnScaling, yarn_attention_factor
 
 TARGET = TargetConfig(

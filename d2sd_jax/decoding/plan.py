@@ -24,9 +24,12 @@ from d2sd_jax.io.drafter_format import (
   load_drafter_folder,
   read_drafter_config,
 )
-from d2sd_jax.io.models import DEFAULT_TARGET, read_target_config, target_path
+from d2sd_jax.io.models import (
+  DEFAULT_TARGET,
+  load_tokenizer,
+  read_target_config,
+)
 from d2sd_jax.io.paths import find_checkpoint, user_path
-from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
@@ -178,7 +181,7 @@ def _check_drafter(
   chat_ids = (
     DEFAULT_CHAT_IDS
     if target_name == DEFAULT_TARGET
-    else ChatTokenizer.from_gguf(target_path(target_name)).chat_ids
+    else load_tokenizer(target_name).chat_ids
   )
   if config.mask_token_id in chat_ids:
     raise UsageError(

@@ -15,8 +15,7 @@ from d2sd_jax.eval.measure import Measured
 from d2sd_jax.eval.prompts import PROMPT_SETS
 from d2sd_jax.eval.tasks import Task, first_turns, with_second_turns
 from d2sd_jax.evaluation import choice_margin
-from d2sd_jax.io.models import load_target, target_path
-from d2sd_jax.io.tokenizer import ChatTokenizer
+from d2sd_jax.io.models import load_target, load_tokenizer
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
@@ -245,7 +244,7 @@ def set_up(
     UsageError: a weights file is damaged, or a prompt is too long.
   """
   drafters = plan.load_drafters()
-  tokenizer = ChatTokenizer.from_gguf(target_path(config.target))
+  tokenizer = load_tokenizer(config.target)
   for drafter in drafters:
     tokenizer.check_mask_token(drafter.config.mask_token_id)
   tasks = {

@@ -10,10 +10,8 @@ policies, temperatures or dtypes add rows to the same file.
 
 import contextlib
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -36,7 +34,7 @@ from d2sd_jax.eval.prompts import PROMPT_SETS
 from d2sd_jax.eval.results import resume, row_key, write_results
 from d2sd_jax.eval.tasks import load_task_prompts, prompt_sha256
 from d2sd_jax.io.drafter_format import WEIGHTS_FILE
-from d2sd_jax.io.models import target_path
+from d2sd_jax.io.models import file_sha256, target_sha256
 from d2sd_jax.io.paths import check_output
 from d2sd_jax.progress import progress_bar
 
@@ -203,13 +201,12 @@ def _meta(
   prompts: Mapping[str, Sequence[Mapping[str, str]]],
 ) -> dict[str, Any]:
   """What all rows of one file have in common."""
-  path = target_path(config.target)
   tree = plan.trees["d2sd"]
   same = ("num_prompts", "max_new_tokens", "seed")
   return {
-    "target": {"name": config.target, "sha256": _file_sha256(path)},
+    "target": {"name": config.target, "sha256": target_sha256(config.target)},
     **{
-      role: {"sha256": _file_sha256(folder / WEIGHTS_FILE)}
+      role: {"sha256": file_sha256(folder / WEIGHTS_FILE)}
       for role, folder in zip(
         ("drafter", "vp_drafter"), plan.drafters, strict=True
       )
@@ -225,11 +222,6 @@ def _meta(
       for name, some in prompts.items()
     },
   }
-
-
-def _file_sha256(path: Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _list_of(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:

@@ -172,7 +172,10 @@ class _Reader:
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
     # Copied before the next is read: a CPU's "device" may share its memory.
-    return jax.block_until_ready(jnp.array(value))
+    array = jax.block_until_ready(jnp.array(value))
+    if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array):
+      raise UsageError(f"target tensor {name}: NaN or infinite, not numbers")
+    return array
 
   def array(self, name: str) -> jax.Array:
     """A tensor in its published layout."""
@@ -229,6 +232,12 @@ class _Reader:
     blocks = self._raw(f"{name}_blocks")
     scales = self._raw(f"{name}_scales")
     return _dequantized(blocks, scales, self._dtype)
+
+
+@jax.jit
+def _is_finite(array):
+  """Whether all of it is numbers."""
+  return jnp.isfinite(array).all()
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -1,89 +1,69 @@
-"""Text to token ids and back, with the chat format, from GGUF metadata."""
+"""Text to token ids and back; what every model's tokenizer has in common."""
 
+import abc
 import codecs
-import functools
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.gguf_header import read_header
 
 ROLES = ("system", "user", "assistant")
-DEFAULT_SYSTEM = (
-  "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-)
-_CONTROL = 3  # llama.cpp's token type of the marks that are not text.
 
 
-class ChatTokenizer:
-  """Byte-level BPE and the ChatML format of the SmolLM2 family.
+class ChatTokenizer(abc.ABC):
+  """A vocabulary and a chat format; subclasses say how turns are written.
 
   Attributes:
     vocab_size: number of ids.
     special_ids: ids of the marks that are not text, ascending.
-    stop_ids: ids that end an answer: `<|im_end|>`, `<|endoftext|>`.
+    stop_ids: ids that end an answer, the end of a turn first.
     chat_ids: all ids that conversations are marked with, ascending.
   """
 
-  vocab_size: int
-  special_ids: tuple[int, ...]
-  stop_ids: tuple[int, ...]
-  chat_ids: tuple[int, ...]
+  def __init__(
+    self,
+    bpe: tokenizers.Tokenizer,
+    id_bytes: Sequence[bytes],
+    *,
+    special_ids: Iterable[int],
+    stop_ids: Sequence[int],
+    chat_ids: Iterable[int],
+  ):
+    """A tokenizer of these parts.
 
-  def __init__(self, metadata: Mapping[str, Any]):
-    """Builds the tokenizer from a GGUF file's metadata.
-
-    Raises:
-      UsageError: the metadata lacks a field, or describes another kind of
-        tokenizer or chat format.
+    Args:
+      bpe: encodes text.
+      id_bytes: what each id stands for.
+      special_ids: see the attribute.
+      stop_ids: see the attribute.
+      chat_ids: see the attribute.
     """
-    _check_kind(metadata)
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    merges = _strings(metadata, "tokenizer.ggml.merges")
-    kinds = _get(metadata, "tokenizer.ggml.token_type")
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-      raise UsageError(
-        f"tokenizer.ggml.token_type: expected one for each of the {len(tokens)}"
-        " tokens"
-      )
-    self._tokens = tokens
-    self._ids = {token: i for i, token in enumerate(tokens)}
-    self._bpe = _build_bpe(self._ids, merges)
-    special = [i for i, kind in enumerate(kinds) if kind == _CONTROL]
-    self._bpe.add_special_tokens([tokens[i] for i in special])
+    self._bpe = bpe
     # What looks like a mark in a user's text is text.
     self._bpe.encode_special_tokens = True
-    self.vocab_size = len(tokens)
-    self.special_ids = tuple(special)
-    self._turn_start = self._mark("<|im_start|>")
-    self._turn_end = self._mark("<|im_end|>")
-    self.stop_ids = (self._turn_end, self._mark("<|endoftext|>"))
-    self.chat_ids = tuple(sorted({self._turn_start, *self.stop_ids}))
+    self._id_bytes = list(id_bytes)
+    self.vocab_size = len(self._id_bytes)
+    self.special_ids = tuple(sorted(special_ids))
+    self.stop_ids = tuple(stop_ids)
+    self.chat_ids = tuple(sorted(chat_ids))
 
-  @classmethod
-  def from_gguf(cls, path: str | os.PathLike[str]) -> "ChatTokenizer":
-    """Builds the tokenizer of a GGUF file.
+  @abc.abstractmethod
+  def encode_chats(
+    self, conversations: Sequence[Sequence[Mapping[str, str]]]
+  ) -> list[list[int]]:
+    """Ids of conversations, each ending with the answer opened.
+
+    Args:
+      conversations: turns with a `role` of `ROLES` and a `content`.
 
     Raises:
-      UsageError: as the constructor; or the file cannot be read, or its
-        embedding has no row for some of the tokens.
+      UsageError: one has no turn, or one that is not such a mapping.
     """
-    header = read_header(path)
-    try:
-      tokenizer = cls(header.metadata)
-    except UsageError as error:
-      raise UsageError(f"{header.path}: {error}") from error
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is not None and embedding.shape[0] < tokenizer.vocab_size:
-      raise UsageError(
-        f"{header.path}: tokenizer.ggml.tokens: {tokenizer.vocab_size} tokens:"
-        f" expected at most the embedding's {embedding.shape[0]}"
-      )
-    return tokenizer
+
+  def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of one conversation; see `encode_chats`."""
+    return self.encode_chats([messages])[0]
 
   def encode(self, text: str) -> list[int]:
     """Ids of plain text; a special token's name in it is text as well.
@@ -100,53 +80,32 @@ class ChatTokenizer:
     Raises:
       UsageError: the prompt is empty, blank or no valid Unicode.
     """
-    _check_prompt(text)
-    return self.encode_chat([{"role": "user", "content": text}])
+    return self.encode_prompts([text])[0]
 
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_prompt` of many texts at once, in threads.
+    """`encode_prompt` of many texts at once.
 
     Raises:
       UsageError: as `encode_prompt`.
     """
     for text in texts:
-      _check_prompt(text)
-      check_unicode("prompt", text)
-    turns = self._bpe.encode_batch_fast(
-      [f"user\n{text}" for text in texts], add_special_tokens=False
-    )
-    before = [*self._encode_turn("system", DEFAULT_SYSTEM), self._turn_start]
-    after = [self._turn_end, *self.encode("\n")]
-    after += [self._turn_start, *self.encode("assistant\n")]
-    return [before + turn.ids + after for turn in turns]
-
-  def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of a conversation in ChatML, ending with the answer opened.
-
-    Args:
-      messages: turns with a `role` of `ROLES` and a `content`. Without a
-        system turn at the beginning, the model's default one is put there.
-
-    Raises:
-      UsageError: there is no turn, or one that is not such a mapping.
-    """
-    check_messages(messages)
-    ids: list[int] = []
-    if messages[0]["role"] != "system":
-      ids += self._encode_turn("system", DEFAULT_SYSTEM)
-    for message in messages:
-      ids += self._encode_turn(message["role"], message["content"])
-    return [*ids, self._turn_start, *self.encode("assistant\n")]
+      check_prompt(text)
+    return self.encode_chats([[{"role": "user", "content": t}] for t in texts])
 
   def check_mask_token(self, token_id: int) -> None:
-    """Raises `UsageError` unless the target never produces `token_id`."""
+    """Raises `UsageError` unless the target never produces `token_id`.
+
+    That is a special id that marks no turn, or one past the vocabulary, where
+    the embedding has rows to spare.
+    """
     free = sorted(set(self.special_ids) - set(self.chat_ids))
     # A vocabulary may have no special ids to spare.
     unused = token_id in free if free else token_id not in self.chat_ids
     marks = f"an id that marks no turn: none of {list(self.chat_ids)}"
     never = f"a special id that the target never produces: {free}"
     expected = never if free else marks
-    require(unused, "mask_token_id", token_id, expected)
+    past = token_id >= self.vocab_size
+    require(unused or past, "mask_token_id", token_id, expected)
 
   def decode(self, ids: Iterable[int]) -> str:
     """Text of all the ids, special tokens by name.
@@ -157,12 +116,11 @@ class ChatTokenizer:
     Raises:
       UsageError: an id is not in the vocabulary.
     """
-    table = self._bytes_of
     ids = list(ids)
-    if ids and not 0 <= min(ids) <= max(ids) < len(table):
+    if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
       for token_id in ids:
         self.token_bytes(token_id)
-    raw = b"".join(map(table.__getitem__, ids))
+    raw = b"".join(map(self._id_bytes.__getitem__, ids))
     return raw.decode("utf-8", errors="replace")
 
   def stream(self) -> "TextStream":
@@ -175,35 +133,10 @@ class ChatTokenizer:
     Raises:
       UsageError: the id is not in the vocabulary.
     """
-    require(
-      0 <= token_id < self.vocab_size,
-      "token id",
-      int(token_id),
-      f"0 to {self.vocab_size - 1}",
-    )
-    token = self._tokens[token_id]
-    try:
-      return bytes(_BYTE_OF[character] for character in token)
-    except KeyError:
-      # A special token may be spelt with characters outside that alphabet.
-      return token.encode()
-
-  @functools.cached_property
-  def _bytes_of(self) -> list[bytes]:
-    """The bytes of every id."""
-    return [self.token_bytes(i) for i in range(self.vocab_size)]
-
-  def _encode_turn(self, role: str, content: str) -> list[int]:
-    text = self.encode(f"{role}\n{content}")
-    return [self._turn_start, *text, self._turn_end, *self.encode("\n")]
-
-  def _mark(self, token: str) -> int:
-    token_id = self._ids.get(token)
-    if token_id not in self.special_ids:
-      raise UsageError(
-        f"tokenizer.ggml.tokens: expected the special token {token!r}"
-      )
-    return token_id
+    known = 0 <= token_id < self.vocab_size
+    expected = f"0 to {self.vocab_size - 1}"
+    require(known, "token id", int(token_id), expected)
+    return self._id_bytes[token_id]
 
 
 class TextStream:
@@ -237,42 +170,23 @@ def _byte_alphabet() -> dict[str, int]:
   return {chr(byte): byte for byte in printable} | shifted
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
 
 
-def _build_bpe(
-  vocabulary: dict[str, int], merges: Sequence[str]
-) -> tokenizers.Tokenizer:
-  """BPE over bytes, of words within which every digit stands alone."""
+def byte_level_bytes(token: str) -> bytes:
+  """The bytes of a token of byte-level BPE."""
   try:
-    pairs = [(left, right) for left, right in map(str.split, merges)]
-    bpe = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
-  except Exception as error:  # the library raises no narrower one
-    raise UsageError(
-      f"tokenizer.ggml.merges: expected pairs of tokens ({error})"
-    ) from error
-  digits = pre_tokenizers.Digits(individual_digits=True)
-  words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-  bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-  return bpe
+    return bytes(BYTE_OF[character] for character in token)
+  except KeyError:
+    # A special token may be spelt with characters outside that alphabet.
+    return token.encode()
 
 
-def _check_kind(metadata: Mapping[str, Any]) -> None:
-  """Raises `UsageError` for a tokenizer or chat format of another family."""
-  for field, expected in (("model", "gpt2"), ("pre", "smollm")):
-    key = f"tokenizer.ggml.{field}"
-    found = _get(metadata, key)
-    require(found == expected, key, found, repr(expected))
-  template = _get(metadata, "tokenizer.chat_template")
-  if DEFAULT_SYSTEM not in str(template) or "<|im_start|>" not in str(template):
-    raise UsageError(
-      "tokenizer.chat_template: expected ChatML with SmolLM's system turn"
-    )
-
-
-def _check_prompt(text: str) -> None:
+def check_prompt(text: str) -> None:
+  """Raises `UsageError` unless the prompt is some valid text."""
   is_text = isinstance(text, str) and bool(text.strip())
   require(is_text, "prompt", text, "some text")
+  check_unicode("prompt", text)
 
 
 def check_messages(messages: Sequence[Mapping[str, str]]) -> None:
@@ -303,17 +217,3 @@ def check_unicode(field: str, text: str) -> None:
     text.encode()
   except UnicodeEncodeError as error:
     raise UsageError(f"{field} {text[:40]!r}: expected valid UTF-8") from error
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-  """A field that holds a list of strings."""
-  value = _get(metadata, key)
-  if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-    raise UsageError(f"{key}: expected a list of strings")
-  return value
-
-
-def _get(metadata: Mapping[str, Any], key: str) -> Any:
-  if key not in metadata:
-    raise UsageError(f"{key} is missing from the target's metadata")
-  return metadata[key]

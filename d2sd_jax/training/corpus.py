@@ -25,9 +25,8 @@ from rich.progress import TaskID
 from d2sd_jax import cli
 from d2sd_jax.config import from_mapping
 from d2sd_jax.decoding.state import Models
-from d2sd_jax.io.models import load_target, target_path
+from d2sd_jax.io.models import load_target, load_tokenizer
 from d2sd_jax.io.paths import check_output, user_path
-from d2sd_jax.io.tokenizer import ChatTokenizer
 from d2sd_jax.progress import progress_bar
 from d2sd_jax.training.corpus_config import CorpusConfig
 from d2sd_jax.training.ledger import Ledger
@@ -192,8 +191,7 @@ def run(config: CorpusConfig) -> None:
     check_output(getattr(config, field), field)
   excluded = own_texts(read_excluded(config.exclude))
   open_parts(config, excluded, load_top_ups(config.shares))
-  path = target_path(config.target)
-  tokenizer = ChatTokenizer.from_gguf(path)
+  tokenizer = load_tokenizer(config.target)
   dtype = config.dtype or default_dtype()
   target = load_target(config.target, dtype=jnp.dtype(dtype))
   print(f"writing with {config.target} in {dtype}", file=sys.stderr)
