@@ -18,6 +18,7 @@ _SEEDS = (11, 12, 13)
 def recorders():
   """The recording scripts as modules; torch without gradients."""
   torch = pytest.importorskip("torch")
+  torch.set_num_threads(1)  # Threads only get in the way of tiny models.
   sys.path.insert(0, str(goldens.DATA))
   try:
     import record_dflash
