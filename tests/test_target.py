@@ -75,6 +75,11 @@ def test_taps_are_the_layers_asked_for_in_their_order(name):
 
 
 @_TINY
+def test_trees_over_recorded_text_have_the_recorded_logits(name):
+  print(f"{name}: {goldens.check_tree(_golden(name)):.1e}")
+
+
+@_TINY
 def test_greedy_continuation_is_the_recorded_one(name):
   goldens.check_greedy(_golden(name))
 
@@ -206,10 +211,12 @@ def test_a_long_prompt_is_seen_through_its_windows(length):
 
 def test_long_prompts_go_through_attention_and_experts_in_slices(monkeypatch):
   ids = np.random.default_rng(0).integers(61, size=(1, 24))
-  whole = tiny.target(1, tiny.GPT_OSS).prefill(ids, jnp.array([24]), (1,))
+  lengths, target = jnp.array([24]), tiny.target(1, tiny.GPT_OSS)
+  run = lambda: jax.jit(lambda t: t.prefill(ids, lengths, (1,)))(target)
+  whole = run()
   monkeypatch.setattr(xla, "MAX_NODES", 8)
   monkeypatch.setattr(experts, "MAX_ROWS", 12)
-  parts = tiny.target(1, tiny.GPT_OSS).prefill(ids, jnp.array([24]), (1,))
+  parts = run()
   np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
   np.testing.assert_allclose(parts.features, whole.features, atol=1e-4)
 
