@@ -13,7 +13,14 @@ import numpy as np
 import tiny
 from safetensors.numpy import save_file
 
-from d2sd_jax import Models, Sampling, TreeConfig, generate, load_drafter
+from d2sd_jax import (
+  Models,
+  Sampling,
+  TreeConfig,
+  build_prefix_tree,
+  generate,
+  load_drafter,
+)
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
 from d2sd_jax.models.cache import append
@@ -68,6 +75,31 @@ def check_target(golden):
   return logits, features
 
 
+def check_tree(golden):
+  """Nodes of a trunk with branches, behind 1 to 9 tokens; the largest error.
+
+  The trunk is the longest prompt's own text, so that its logits are recorded.
+  """
+  config, tensors = target(golden)
+  model = target_from_tensors(config, tensors, jnp.float32)
+  ids = jnp.asarray(golden["ids"][:1])
+  prefill = jax.jit(type(model).prefill, static_argnums=3)
+  kv = prefill(model, ids, jnp.asarray(golden["lengths"][:1]), ()).kv
+  zero = jnp.zeros((1,), jnp.int32)
+  cache = append(model.init_cache(1, 19), kv, zero)
+  run = jax.jit(type(model).score_tree, static_argnums=4)
+  error = 0.0
+  for start in range(1, 10):
+    trunk = ids[:, start : start + 4]
+    others = (trunk[:, None] + jnp.array([[1], [2]])) % config.vocab_size
+    tree = build_prefix_tree(trunk, others, jnp.array([[0, 2]]), 8)
+    scores = run(model, tree, cache, zero + start, ())
+    expected = golden["logits"][0, start : start + 4]
+    error = max(error, float(np.abs(scores.logits[0, :4] - expected).max()))
+  assert error < TOLERANCE
+  return error
+
+
 def check_greedy(golden):
   """64 tokens that follow each prompt, through the decode loop."""
   config, tensors = target(golden)
@@ -96,19 +128,20 @@ def check_drafter(golden, folder):
   weights = {k: v for k, v in golden.items() if k.endswith(".weight")}
   save_file(weights, folder / "model.safetensors")
   drafter = load_drafter(folder)
+  fill = jax.jit(lambda drafter, *args: drafter.context_kv(*args))
+  denoise = jax.jit(lambda drafter, *args: drafter(*args))
   cache, length, error = drafter.init_cache(1, 23), 0, 0.0
   for block, count, expected in zip(
     golden["embeddings"], golden["accepted"], golden["outputs"], strict=True
   ):
     positions = length + jnp.arange(count)
     new = golden["features"][length : length + count]
-    rows = drafter.context_kv(jnp.asarray(new)[None], positions[None])
+    rows = fill(drafter, jnp.asarray(new)[None], positions[None])
     cache = append(cache, rows, jnp.array([length]))
     length += int(count)
     at = length + jnp.arange(len(block))
-    output = drafter(
-      jnp.asarray(block)[None, None], at[None, None], cache, jnp.array([length])
-    )
+    slots = jnp.asarray(block)[None, None]
+    output = denoise(drafter, slots, at[None, None], cache, jnp.array([length]))
     error = max(error, float(np.abs(output[0, 0] - expected).max()))
   assert error < TOLERANCE
   for i in range(drafter.config.num_layers):

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from published import (
 )
 
 from d2sd_jax import TargetConfig, UsageError
+from d2sd_jax.config import DecodeConfig, from_mapping
 from d2sd_jax.io import fetch
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
@@ -298,6 +301,15 @@ def test_a_qwen3_8b_layer_holds_what_it_should():
   assert layer.k_proj.shape == (4096, 1024)
   assert layer.down_proj.shape == (12288, 4096)
   assert layer.experts is layer.sinks is layer.q_bias is None
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b", "gpt_oss_20b"])
+def test_the_papers_targets_have_configs(name):
+  path = Path(__file__).parents[1] / "configs" / f"{name}.py"
+  values = runpy.run_path(str(path))["get_config"]().to_dict()
+  config = from_mapping(DecodeConfig, values)
+  assert config.target.lower().endswith(name.replace("_", "-"))
+  assert config.drafter.startswith("z-lab/")
 
 
 class _Lazy(dict):

@@ -18,6 +18,7 @@ _SEEDS = (11, 12, 13)
 def recorders():
   """The recording scripts as modules; torch without gradients."""
   torch = pytest.importorskip("torch")
+  torch.set_num_threads(1)  # Threads only get in the way of tiny models.
   sys.path.insert(0, str(goldens.DATA))
   try:
     import record_dflash
@@ -37,7 +38,8 @@ def test_targets(recorders, name, seed):
   recorder, _ = recorders
   golden = recorder.record(recorder.MODELS[name][1], seed)
   logits, features = goldens.check_target(golden)
-  print(f"{name} seed {seed}: logits {logits:.1e}, features {features:.1e}")
+  tree = goldens.check_tree(golden)
+  print(f"{name} seed {seed}: {logits:.1e}, {features:.1e}, {tree:.1e}")
   goldens.check_greedy(golden)
 
 

@@ -72,6 +72,10 @@ def test_step_flops_by_hand():
   ]
   got = step_flops(_CONFIG, tiny.TARGET, tiny.VP)
   assert got == pytest.approx(sum(expected))
+  # Of 19 experts of 14 a token takes 2, and all 19 scores.
+  mixed = 24 * 16 * 8 + 24 * 19 + 2 * 3 * 24 * 14
+  more = step_flops(_CONFIG, tiny.GPT_OSS, tiny.VP) - got
+  assert more == pytest.approx(2 * 3 * (mixed - target) * tokens)
 
 
 def _start():

@@ -47,7 +47,8 @@ GPT_OSS = dataclasses.replace(
   attention_bias=True,
   sinks=True,
   windows=(3, None, 2),
-  num_experts=5,
+  # Three rows' choices are gathered, a tree's are not.
+  num_experts=19,
   experts_per_token=2,
   swiglu_limit=3.0,
 )

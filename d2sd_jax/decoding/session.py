@@ -239,7 +239,9 @@ class Session:
     query: Any = jax.ShapeDtypeStruct(
       (keys.shape[0], 1, num_nodes, heads, keys.shape[3]), keys.dtype
     )
-    return target.implementation or default_implementation(query, keys)
+    return target.implementation or default_implementation(
+      query, keys, target.layers[0].sinks
+    )
 
   def _prefill_arguments(
     self, requests: Sequence[Request], size: int

@@ -119,7 +119,8 @@ def target_from_tensors(
 
   Args:
     config: the target's shape.
-    tensors: every tensor of the model and no other (`target_tensors`).
+    tensors: every tensor of the model and no other (`target_tensors`); a tied
+      head may be among them, if it is the embedding once more.
     dtype: of the weights and of all computation that is not float32 by rule.
     implementation: of `cascade_attention`.
 
@@ -127,12 +128,12 @@ def target_from_tensors(
     UsageError: a tensor is missing, left over, or of another shape or kind.
   """
   reader = _Reader(config, tensors, dtype)
-  layers = tuple(reader.layer(i) for i in range(config.num_layers))
+  embedding = reader.array(EMBEDDING)
   return LlamaTarget(
-    embedding=reader.array(EMBEDDING),
-    layers=layers,
+    embedding=embedding,
+    lm_head=reader.head(embedding),
+    layers=tuple(reader.layer(i) for i in range(config.num_layers)),
     norm=reader.array(NORM),
-    lm_head=None if config.tied_head else reader.array(HEAD),
     config=config,
     implementation=implementation,
   )
@@ -162,6 +163,8 @@ class _Reader:
   def __init__(self, config, tensors, dtype):
     self._config, self._tensors, self._dtype = config, tensors, dtype
     self._shapes = target_tensors(config)
+    if config.tied_head and HEAD in tensors:
+      self._shapes[HEAD] = self._shapes[EMBEDDING]
     for name in sorted(self._shapes.keys() ^ tensors.keys()):
       missing = name in self._shapes
       problem = "missing" if missing else "not part of such a model"
@@ -180,6 +183,18 @@ class _Reader:
   def array(self, name: str) -> jax.Array:
     """A tensor in its published layout."""
     return self._raw(name).astype(self._dtype)
+
+  def head(self, embedding: jax.Array) -> jax.Array | None:
+    """The head, or `None` where it is the embedding."""
+    head = self.array(HEAD) if HEAD in self._shapes else None
+    if head is None or not self._config.tied_head:
+      return head
+    if not bool((head == embedding).all()):
+      raise UsageError(
+        f"target tensor {HEAD}: other values than {EMBEDDING}, expected the"
+        " same as they are tied"
+      )
+    return None
 
   def matrix(self, name: str) -> jax.Array:
     """A matrix, or a stack of them, transposed."""

@@ -47,8 +47,10 @@ def mix_experts(
   them, once, as a tree's rows choose nearly all.
   """
   rows = x.reshape(-1, x.shape[-1])
-  count, (num_experts, *_) = len(rows), experts.gate_proj.shape
-  mix = _mix_chosen if count * experts.top_k < num_experts else _mix_all
+  count, num_experts = len(rows), len(experts.gate_proj)
+  # What is gathered is read, written and read again.
+  few = 3 * count * experts.top_k <= num_experts
+  mix = _mix_chosen if few else _mix_all
   if count > MAX_ROWS and count % MAX_ROWS == 0:
     slices = rearrange(rows, "(c n) d -> c n d", n=MAX_ROWS)
     output = jax.lax.map(lambda part: mix(experts, part), slices)

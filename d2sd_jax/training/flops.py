@@ -53,7 +53,11 @@ def step_flops(
 
 
 def _layer_weights(config: TargetConfig | DrafterConfig) -> int:
-  """Weights of the matrices of one layer."""
+  """Weights of the matrices of one layer that a token meets."""
   heads = 2 * config.num_heads + 2 * config.num_kv_heads
   attention = config.hidden_size * heads * config.head_dim
-  return attention + 3 * config.hidden_size * config.intermediate_size
+  mlp = 3 * config.hidden_size * config.intermediate_size
+  if isinstance(config, TargetConfig) and config.num_experts:
+    router = config.hidden_size * config.num_experts
+    return attention + router + config.experts_per_token * mlp
+  return attention + mlp
