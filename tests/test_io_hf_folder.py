@@ -310,3 +310,19 @@ def test_the_door_takes_gguf_files_too(tmp_path, monkeypatch):
   path = tmp_path / "a.gguf"
   path.touch()
   assert load_tokenizer(tmp_path) == path
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_load_bench_runs(tmp_path, monkeypatch, capsys):
+  from d2sd_jax.io import load_bench
+
+  monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
+  monkeypatch.setattr(load_bench, "SHARD_BYTES", 10_000)
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps({**QWEN3, "num_hidden_layers": 5}))
+  flags = [f"--folder={tmp_path / 'made'}", f"--config_json={path}"]
+  assert cli.run(load_bench.main, [*flags, "--tokens=6"]) == 0
+  output = capsys.readouterr().out
+  assert "d2sd: 6 tokens" in output
+  assert "4 layers: d2sd and ar are identical" in output
+  assert len(list((tmp_path / "made").glob("*.safetensors"))) > 2
