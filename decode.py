@@ -27,7 +27,7 @@ from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require
 from d2sd_jax.evaluation import choice_margin, first_difference
 from d2sd_jax.io.models import load_target, load_tokenizer
-from d2sd_jax.io.paths import check_output
+from d2sd_jax.io.paths import check_output, user_path
 from d2sd_jax.io.prompts import read_prompts
 from d2sd_jax.models.target import LlamaTarget
 
@@ -118,6 +118,9 @@ def main(arguments: Sequence[str]) -> None:
   plan = make_plan(config)
   stream = choose_streaming(flags.stream, config)
   output = check_output(flags.json) if flags.json is not None else None
+  if output is not None and flags.prompts_file is not None:
+    own = user_path(flags.prompts_file).resolve() != output.resolve()
+    require(own, "json", flags.json, "another file than prompts_file")
   conversations = read_prompts(flags.prompt, flags.prompts_file)
 
   # Load: small files first, since they may be damaged.

@@ -185,6 +185,9 @@ def run(
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
   # Orbax logs what it also raises.
   logging.getLogger("absl").setLevel(logging.CRITICAL)
+  # Started with one of them closed, Python has none in its place.
+  sys.stdout = sys.stdout or io.StringIO()
+  sys.stderr = sys.stderr or io.StringIO()
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(errors="replace")
@@ -284,11 +287,11 @@ def _split_overrides(
 
 
 def _literal(text: str) -> Any:
-  """A Python literal, or else the text itself."""
+  """A Python literal, `nan` or `inf`, or else the text itself."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
-    return text
+    return float(text) if text.lstrip("+-") in ("nan", "inf") else text
 
 
 def _type_error(text: str, expected: str) -> argparse.ArgumentTypeError:

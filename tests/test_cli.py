@@ -170,6 +170,7 @@ MISTAKES = [
   (["--config=value.py"], ["temperature=-2.0", "0 or more"]),
   (["--config.temprature=1"], ["'temprature'", "temperature"]),
   (["--config.top_k=many"], ["top_k='many'", "int"]),
+  (["--config.temperature=nan"], ["temperature=nan", "0 or more"]),
   (["--config.top_k"], ["--config.top_k", "a value"]),
   (["--target=no.gguf"], ["target='no.gguf'", "GGUF"]),
   (["--target=hollow"], ["target='hollow'", "GGUF"]),
@@ -212,6 +213,10 @@ PROMPT_MISTAKES = [
   (["--prompts_file=turns.jsonl"], ["line 1", "messages=[]", "one turn"]),
   (["--prompts_file=latin.jsonl"], ["line 1", "JSON object"]),
   (["--prompts_file=surrogate.jsonl"], ["line 1", "UTF-8"]),
+  (
+    ["--prompts_file=good.jsonl", "--json=./good.jsonl"],
+    ["json='./good.jsonl'", "another file"],
+  ),
 ]
 
 
@@ -370,6 +375,12 @@ def test_a_closed_pipe_is_told_to_the_script(monkeypatch):
   monkeypatch.setattr(sys, "stdout", Closed())
   with pytest.raises(BrokenPipeError):
     report.console().print("a line")
+
+
+def test_closed_standard_output(monkeypatch):
+  for name in ("stdout", "stderr"):
+    monkeypatch.setattr(sys, name, None)
+  assert cli.run(lambda _: print("a line"), []) == 0
 
 
 def test_patient_interrupt():

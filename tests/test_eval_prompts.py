@@ -99,7 +99,7 @@ def test_all_sets_with_second_turns(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("arguments", "told"),
   [
-    (["alpaca", "--out=x"], "set='alpaca'"),
+    (["alpaca", "--out=x"], "sets='alpaca'"),
     (["mt_bench", "--num=81", "--out=x"], "num=81"),
     (["mt_bench", "--num=0", "--out=x"], "num=0"),
     (["mt_bench", "--num=many", "--out=x"], "--num"),

@@ -28,6 +28,7 @@ from d2sd_jax.io.models import (
   target_path,
   target_sha256,
 )
+from d2sd_jax.io.paths import find_checkpoint
 
 CONFIG = target_config_from_hf(QWEN3, "config")
 
@@ -69,13 +70,15 @@ def test_a_hub_id_is_for_what_is_no_path(tmp_path, monkeypatch):
   asked = []
 
   def fetch(name, allow_patterns):
-    asked.append((name, allow_patterns))
+    assert allow_patterns == ["*.json", "*.jinja", "*.safetensors"]
+    asked.append(name)
     return str(folder)
 
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
   assert target_path("owner/model") == folder
-  assert asked == [("owner/model", ["*.json", "*.jinja", "*.safetensors"])]
+  assert find_checkpoint("owner/model", "vp_drafter") == folder
+  assert asked == ["owner/model"] * 2
   write_target(tmp_path / "owner" / "model")
   assert target_path("owner/model").resolve() == tmp_path / "owner" / "model"
 
@@ -83,8 +86,9 @@ def test_a_hub_id_is_for_what_is_no_path(tmp_path, monkeypatch):
     raise ConnectionError("no\nnetwork")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-  with pytest.raises(UsageError, match=r"'a/b': .*\(no network\)"):
-    target_path("a/b")
+  for find, field in ((target_path, "target"), (find_checkpoint, "drafter")):
+    with pytest.raises(UsageError, match=rf"^{field}='a/b': .*\(no network\)"):
+      find("a/b")
 
 
 # One process for each, since a peak is a process's.

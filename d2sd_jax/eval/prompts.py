@@ -263,6 +263,9 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument("--out", required=True, help="the file to write")
   flags, _ = parser.parse(arguments)
+  for name in flags.sets if flags.sets != ["all"] else ():
+    expected = f"all, or one of {', '.join(PROMPT_SETS)}"
+    require(name in PROMPT_SETS, "sets", name, expected)
   sets = list(PROMPT_SETS) if flags.sets == ["all"] else flags.sets
   prompts = [p for name in sets for p in load_prompts(name, flags.num)]
   for name in sets if flags.follow_ups else ():

@@ -1,7 +1,6 @@
 """Targets and drafters by name, folder or file."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_folder import CONFIG_FILE, TensorFolder, read_json
 from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.io.hub import FILES, fetch_folder, is_hub_id
 from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.io.template_tokenizer import hf_tokenizer
 from d2sd_jax.io.tokenizer import ChatTokenizer
@@ -25,8 +25,6 @@ from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget
 
 DEFAULT_TARGET = "smollm2-135m"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 
 
 def target_path(name: str | Path) -> Path:
@@ -43,8 +41,8 @@ def target_path(name: str | Path) -> Path:
   if str(name) == DEFAULT_TARGET:
     return fetch_default_target()
   path = user_path(name)
-  if not path.exists() and _HUB_ID.fullmatch(str(name)):
-    return _fetch_from_hub(str(name))
+  if not path.exists() and is_hub_id(str(name)):
+    return fetch_folder(str(name), "target")
   if (path / CONFIG_FILE).is_file():
     return path
   files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
@@ -56,21 +54,6 @@ def target_path(name: str | Path) -> Path:
     f" with {CONFIG_FILE}",
   )
   return files[0]
-
-
-def _fetch_from_hub(name: str) -> Path:
-  """The folder of a hub's model, in the hub client's own cache."""
-  try:
-    import huggingface_hub
-
-    found = huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES)
-  except Exception as error:  # of many kinds: network, rights, names
-    reason = " ".join(str(error).split())[:200]
-    raise UsageError(
-      f"target={name!r}: expected an existing path, or a hub id that can be"
-      f" reached ({reason})"
-    ) from error
-  return Path(found)
 
 
 def read_target_config(name: str | Path) -> TargetConfig:
@@ -135,7 +118,7 @@ def target_sha256(name: str | Path) -> str:
   path = target_path(name)
   if not path.is_dir():
     return file_sha256(path)
-  files = sorted(p for pattern in _HUB_FILES for p in path.glob(pattern))
+  files = sorted(p for pattern in FILES for p in path.glob(pattern))
   parts = [f"{file_sha256(p)} {p.name}" for p in files]
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

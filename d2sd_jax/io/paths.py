@@ -10,6 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from d2sd_jax.errors import UsageError, require
+from d2sd_jax.io.hub import fetch_folder, is_hub_id
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -66,14 +67,15 @@ def find_config(name: str | os.PathLike[str]) -> Path:
 def find_checkpoint(
   name: str | os.PathLike[str], field: str = "drafter"
 ) -> Path:
-  """The folder of a drafter, given by path or by a shipped name.
+  """The folder of a drafter, given by path, shipped name or hub id.
 
   Args:
-    name: a folder, or the name of a drafter in `checkpoints/`.
+    name: a folder, the name of a drafter in `checkpoints/`, or `owner/model`.
     field: what an error calls the value, e.g. the flag it came from.
 
   Raises:
-    UsageError: there is neither such a folder nor a shipped drafter.
+    UsageError: there is no such folder nor shipped drafter, nor can the hub
+      give it.
   """
   path = user_path(name)
   if path.is_dir():
@@ -81,6 +83,8 @@ def find_checkpoint(
   folder = _shipped_folder("checkpoints")
   visible = (p for p in folder.glob("[!._]*") if p.is_dir())
   shipped = {p.name: p for p in visible}
+  if is_hub_id(str(name)) and path.name not in shipped:
+    return fetch_folder(str(name), field)
   return _look_up(field, "folder", path, path.name, shipped)
 
 
