@@ -21,7 +21,7 @@ from d2sd_jax.models.rope import FrequencyFactors, LinearScaling, RopeScaling
 # Architecture -> has RMS norms on queries and keys.
 _ARCHITECTURES = {"llama": False, "qwen3": True}
 # Frequency divisors of stretched RoPE, for all layers of Llama 3.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 # Dequantised at a time: whole blocks of every type, and few Python calls.
 _CHUNK = 2**18
 
@@ -59,7 +59,7 @@ def load_gguf(
       f"{header.path}: block_count={config.num_layers}: expected at most the"
       f" file's {len(header.tensors)} tensors"
     )
-  table = _tensor_table(config)
+  table = tensor_table(config)
   _check_tensors(header, {name: shape for name, (_, shape) in table.items()})
   return config, _Tensors(header, config, table)
 
@@ -77,7 +77,7 @@ class _Tensors(Mapping[str, np.ndarray]):
     self._names = {hf_name: name for name, (hf_name, _) in table.items()}
     self._data = map_file(header.path)
     for name in table:
-      _check_stored(header, name, self._data)
+      check_stored(header, name, self._data)
 
   def __getitem__(self, hf_name: str) -> np.ndarray:
     name = self._names[hf_name]
@@ -201,15 +201,15 @@ def _rope_scaling(
   old = "rope.scale_linear"
   factor = fields.real("rope.scaling.factor", fields.real(old, 1.0))
   stretched = kind == "linear" and factor != 1
-  if fields.architecture != "llama" or _ROPE_FACTORS not in header.tensors:
+  if fields.architecture != "llama" or ROPE_FACTORS not in header.tensors:
     return LinearScaling(factor=factor) if stretched else None
-  where = f"{header.path}: tensor {_ROPE_FACTORS!r}"
+  where = f"{header.path}: tensor {ROPE_FACTORS!r}"
   if stretched:
     raise UsageError(f"{where}: expected no rope.scaling.factor beside it")
-  _check_shape(header, _ROPE_FACTORS, (head_dim // 2,))
+  _check_shape(header, ROPE_FACTORS, (head_dim // 2,))
   data = map_file(header.path)
-  _check_stored(header, _ROPE_FACTORS, data)
-  divisors = _dequantize(header, _ROPE_FACTORS, data)
+  check_stored(header, ROPE_FACTORS, data)
+  divisors = _dequantize(header, ROPE_FACTORS, data)
   if divisors.min() <= 0:
     raise UsageError(f"{where}: expected divisors above 0")
   return FrequencyFactors(divisors=tuple(divisors.tolist()))
@@ -225,7 +225,7 @@ def _vocab_size(header: Header) -> int:
   return embedding.shape[0]
 
 
-def _tensor_table(
+def tensor_table(
   config: TargetConfig,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
   """GGUF name -> (Hugging Face name, shape) of every tensor there must be."""
@@ -267,7 +267,7 @@ def _check_tensors(
   for name, shape in shapes.items():
     _check_shape(header, name, shape)
   architecture = header.metadata["general.architecture"]
-  read = {_ROPE_FACTORS} if architecture == "llama" else set()
+  read = {ROPE_FACTORS} if architecture == "llama" else set()
   extra = sorted(header.tensors.keys() - shapes.keys() - read)
   if extra:
     raise UsageError(
@@ -287,7 +287,7 @@ def _check_shape(header: Header, name: str, shape: tuple[int, ...]) -> None:
     )
 
 
-def _check_stored(header: Header, name: str, data: mmap.mmap) -> None:
+def check_stored(header: Header, name: str, data: mmap.mmap) -> None:
   """Raises `UsageError` unless the file holds all of it, in a known type."""
   info = header.tensors[name]
   where = f"{header.path}: tensor {name!r}"

@@ -169,7 +169,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def _read(tensor: Tensor) -> np.ndarray:
   """The tensor's bytes, read by several threads."""
   buffer = np.empty(tensor.num_bytes, np.uint8)
-  view = memoryview(buffer)
+  view = memoryview(buffer.data)
 
   def fill(offset: int) -> None:
     last = min(offset + _CHUNK, tensor.num_bytes)
