@@ -98,7 +98,12 @@ class DrafterConfig:
   num_target_layers: int
   training_mode: str = "dflash"
   prefix_weight_base: float = 0.9
+  # What targets choose and drafters do not.
   rope_scaling: ClassVar[RopeScaling | None] = None
+  qk_norm: ClassVar[bool] = True
+  attention_bias: ClassVar[bool] = False
+  sinks: ClassVar[bool] = False
+  num_experts: ClassVar[int] = 0
 
   def __post_init__(self):
     for field in (

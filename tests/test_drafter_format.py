@@ -10,8 +10,10 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from d2sd_jax import UsageError, load_drafter
+from d2sd_jax import UsageError, cli, load_drafter
+from d2sd_jax.io import drafter_format
 from d2sd_jax.io.drafter_format import (
+  drafter_tensors,
   load_drafter_folder,
   read_drafter_config,
   save_drafter,
@@ -131,6 +133,71 @@ def test_a_loaded_drafter_computes_the_same(folder, dtype):
     strict=True,
   ):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_then_import_is_bit_equal(tmp_path, config, dtype):
+  """Of weights that are kept as they are, and of what is rounded once."""
+  drafter = tiny.drafter(config)
+  save_drafter(drafter, tmp_path / "a", dtype)
+  loaded = load_drafter_folder(tmp_path / "a", tiny.TARGET, dtype)
+  assert loaded.config == config
+  kept = tiny.drafter_tensors(drafter)
+  for name, got in tiny.drafter_tensors(loaded).items():
+    assert got.dtype == dtype
+    assert got.tobytes() == kept[name].astype(dtype).tobytes()
+  save_drafter(loaded, tmp_path / "b", dtype)
+  for name in ("config.json", "model.safetensors"):
+    first, second = tmp_path / "a" / name, tmp_path / "b" / name
+    assert first.read_bytes() == second.read_bytes()
+  assert json.loads(second.with_name("config.json").read_text())["dtype"] == (
+    dtype
+  )
+
+
+def test_names_and_shapes_are_those_of_the_file(tmp_path, config):
+  save_drafter(tiny.drafter(config), tmp_path)
+  tensors = load_file(tmp_path / "model.safetensors")
+  found = {name: value.shape for name, value in tensors.items()}
+  assert drafter_tensors(config) == found
+
+
+def test_an_export_that_fails_leaves_the_old_folder(folder, monkeypatch):
+  before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+  def fail(tensors, path, metadata):
+    path.write_bytes(b"half of it")
+    raise OSError("disk full")
+
+  monkeypatch.setattr(drafter_format, "save_file", fail)
+  with pytest.raises(OSError, match="disk full"):
+    save_drafter(tiny.drafter(_FIVE_LAYERS), folder)
+  assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+  with pytest.raises(UsageError, match="dtype='int8': expected one of float32"):
+    save_drafter(tiny.drafter(), folder, "int8")
+
+
+def test_a_published_config_loads(folder):
+  """With every key that published folders have and that changes nothing."""
+  _edit(
+    folder,
+    attention_dropout=0.0,
+    auto_map={"AutoModel": "dflash.DFlashDraftModel"},
+    bos_token_id=3,
+    eos_token_id=4,
+    initializer_range=0.02,
+    max_window_layers=1,
+    rope_parameters=...,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.57.3",
+    use_cache=True,
+    use_sliding_window=False,
+    draft_vocab_size=61,
+    dflash_config={"block_size": ..., "causal": False, "use_swa": False},
+  )
+  assert load_drafter_folder(folder, tiny.TARGET).config == tiny.VP
 
 
 def test_saving_again_replaces_the_files(folder):
@@ -283,7 +350,7 @@ def test_a_truncated_file_is_refused(folder, kept):
   assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("layers", [10**9, 10**30])
+@pytest.mark.parametrize("layers", [10**9, 2**31 - 1])
 def test_more_layers_than_there_are_tensors_are_refused_at_once(folder, layers):
   _edit(folder, num_hidden_layers=layers)
   with pytest.raises(UsageError, match=rf"layers\.{layers - 1}\..* is missing"):
@@ -319,3 +386,147 @@ def test_another_target_is_refused_by_name(folder, field, named, value):
   other = dataclasses.replace(tiny.TARGET, **{field: value})
   with pytest.raises(UsageError, match=f"{named}=.*target's {value}"):
     load_drafter_folder(folder, other)
+
+
+def _poison(name, value):
+  """Puts one number into a tensor's middle."""
+
+  def change(tensors):
+    tensors[name].reshape(-1)[tensors[name].size // 2] = value
+
+  return lambda folder: _rewrite(folder, change)
+
+
+def _with(name, array):
+  return lambda folder: _rewrite(folder, lambda t: t.update({name: array}))
+
+
+def _renamed(old, new):
+  return lambda folder: _rewrite(folder, lambda t: t.update({new: t.pop(old)}))
+
+
+def _set(**changes):
+  return lambda folder: _edit(folder, **changes)
+
+
+def _dflash(**changes):
+  return _set(dflash_config=changes)
+
+
+def _cut(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-1])
+
+
+_BAD = {
+  "missing tensor": (
+    lambda f: _rewrite(f, lambda t: t.pop("norm.weight")),
+    "tensor norm.weight is missing",
+  ),
+  "extra tensor": (
+    _with("lm_head.weight", np.zeros((61, 24), np.float32)),
+    "tensor lm_head.weight is not part of a drafter",
+  ),
+  "draft vocabulary's tensor": (
+    _with("d2t", np.zeros(61, np.float32)),
+    "tensor d2t is not part of a drafter",
+  ),
+  "another generation's tensor": (
+    _with("markov_head.weight", np.zeros((7, 3), np.float32)),
+    "tensor markov_head.weight is not part of a drafter",
+  ),
+  "misshapen tensor": (
+    _with("layers.0.mlp.up_proj.weight", np.zeros((24, 28), np.float32)),
+    "up_proj.weight has shape (24, 28), expected (28, 24)",
+  ),
+  "misnamed tensor": (
+    _renamed("fc.weight", "model.fc.weight"),
+    "tensor fc.weight is missing",
+  ),
+  "misnamed layer": (
+    _renamed("layers.0.mlp.up_proj.weight", "layers.0.mlp.w1.weight"),
+    "tensor layers.0.mlp.up_proj.weight is missing",
+  ),
+  "whole numbers": (
+    _with("norm.weight", np.ones(24, np.uint8)),
+    "tensor norm.weight has dtype U8, expected one of BF16, F16, F32",
+  ),
+  "unknown dtype": (
+    _with("norm.weight", np.ones(24, np.int16)),
+    "tensor norm.weight: dtype I16",
+  ),
+  "not a number": (
+    _poison("layers.0.self_attn.o_proj.weight", np.nan),
+    "tensor layers.0.self_attn.o_proj.weight has a NaN",
+  ),
+  "infinity": (
+    _poison("hidden_norm.weight", -np.inf),
+    "tensor hidden_norm.weight has a NaN or an infinity",
+  ),
+  "truncated file": (_cut, "model.safetensors: expected a whole"),
+  "no weights": (
+    lambda f: (f / "model.safetensors").unlink(),
+    "expected a folder with model.safetensors",
+  ),
+  "no config": (
+    lambda f: (f / "config.json").unlink(),
+    "expected a folder with config.json",
+  ),
+  "another vocabulary": (_set(vocab_size=62), "drafter vocab_size=62"),
+  "another width": (_set(hidden_size=25), "drafter hidden_size=25"),
+  "another depth": (
+    _set(num_target_layers=4),
+    "drafter num_target_layers=4: expected the target's 3",
+  ),
+  "mask id": (_dflash(mask_token_id=61), "mask_token_id=61"),
+  "negative mask id": (_dflash(mask_token_id=-1), "mask_token_id=-1"),
+  "tap": (_dflash(target_layer_ids=[0, 3]), "target_layer_ids=(0, 3)"),
+  "negative tap": (_dflash(target_layer_ids=[-1]), "target_layer_ids=(-1,)"),
+  "no taps": (_dflash(target_layer_ids=[]), "target_layer_ids=()"),
+  "causal": (_dflash(causal=True), "causal=True"),
+  "hidden causal": (
+    _set(causal=True, dflash_config={"causal": False}),
+    "causal=True",
+  ),
+  "projector": (_dflash(projector_type="mlp"), "projector_type='mlp'"),
+  "sliding layers": (
+    _set(layer_types=["sliding_attention"]),
+    "layer_types='sliding_attention'",
+  ),
+  "draft vocabulary": (_set(draft_vocab_size=32), "draft_vocab_size=32"),
+  "another family": (_set(model_type="llama"), "model_type='llama'"),
+  "another architecture": (
+    _set(architectures=["DFlash2DraftModel"]),
+    "architectures=['DFlash2DraftModel']",
+  ),
+  "partial rotation": (
+    _set(partial_rotary_factor=0.5),
+    "partial_rotary_factor=0.5",
+  ),
+  "two bases": (_set(rope_theta=8.0), "rope_theta=[8.0, 700.0]"),
+  "base of text": (
+    _set(rope_theta="1e6", rope_parameters=...),
+    "rope_theta=['1e6']",
+  ),
+  "two block sizes": (_set(block_size=6), "block_size=[6, 5]"),
+  "block size of another kind": (
+    _set(block_size=[5], dflash_config={"block_size": ...}),
+    "block_size=[5]",
+  ),
+  "huge number": (_set(intermediate_size=10**30), "intermediate_size=1000"),
+}
+
+
+@pytest.mark.parametrize("name", _BAD)
+def test_a_bad_folder_is_told_in_one_line(folder, name, capsys):
+  """By the path of the scripts: one line that names the culprit, status 2."""
+  spoil, told = _BAD[name]
+  spoil(folder)
+  load = lambda _: load_drafter_folder(folder, tiny.TARGET)
+  assert cli.run(load, []) == cli.USAGE
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.startswith("error: ")
+  assert err.count("\n") == 1
+  assert str(folder) in err
+  assert told in err

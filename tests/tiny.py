@@ -293,9 +293,12 @@ def gguf_tensors(config, seed=0):
   }
 
 
-def write_gguf(path, metadata, tensors, kinds=None):
-  """Writes a GGUF file with the reference writer, quantising by `kinds`."""
-  kinds = kinds or {}
+def write_gguf(path, metadata, tensors, kinds=None, raw_kinds=None):
+  """Writes a GGUF file with the reference writer, quantising by `kinds`.
+
+  Tensors in `raw_kinds` are written as they are, bytes of that type by row.
+  """
+  kinds, raw_kinds = kinds or {}, raw_kinds or {}
   writer = gguf.GGUFWriter(path, metadata.get("general.architecture", "none"))
   for key, value in metadata.items():
     if key == "general.architecture":
@@ -306,7 +309,7 @@ def write_gguf(path, metadata, tensors, kinds=None):
   for name, value in tensors.items():
     kind = kinds.get(name)
     raw = value if kind is None else quants.quantize(value, kind)
-    writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.add_tensor(name, raw, raw_dtype=raw_kinds.get(name, kind))
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

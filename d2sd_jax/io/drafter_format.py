@@ -14,26 +14,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from d2sd_jax.config import DrafterConfig, TargetConfig
+from d2sd_jax.config import DTYPES, DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.hf_tensors import LAYER_TENSORS
+from d2sd_jax.io.hf_folder import TensorFolder, read_json
+from d2sd_jax.io.hf_tensors import LAYER_TENSORS, layer_tensors
 from d2sd_jax.io.paths import atomic_write
 from d2sd_jax.models.drafter import Drafter
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+ARCHITECTURE = "DFlashDraftModel"
+# As safetensors spells them.
+_DTYPES = ("BF16", "F16", "F32")
 
 # Settings that would change the computation, and the values that do not.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+  "architectures": ([ARCHITECTURE], None),
   "attention_bias": (False, None),
   "attention_dropout": (0, None),
   "causal": (False, None),
-  "draft_vocab_size": (None,),
   "hidden_act": ("silu", None),
   "mlp_bias": (False, None),
+  "model_type": ("qwen3", None),
+  "partial_rotary_factor": (1, None),
   "projector_type": (None, "linear"),
   "sliding_window": (None,),
   "use_sliding_window": (False, None),
@@ -41,25 +46,33 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def save_drafter(drafter: Drafter, folder: str | Path) -> None:
-  """Writes `drafter` as a checkpoint folder, weights in bfloat16.
+def save_drafter(
+  drafter: Drafter, folder: str | Path, dtype: str = "bfloat16"
+) -> None:
+  """Writes `drafter` as a checkpoint folder.
 
   The same weights give the same bytes. Each file appears whole or not at all.
 
   Args:
     drafter: what to write.
     folder: made if missing; files of these two names in it are replaced.
+    dtype: of the weights in the file, `bfloat16` as servers expect, or
+      `float32`.
+
+  Raises:
+    UsageError: another dtype.
   """
+  require(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   tensors = {
-    name: np.ascontiguousarray(value.astype(jnp.bfloat16))
+    name: np.ascontiguousarray(value.astype(jnp.dtype(dtype)))
     for name, value in _tensors_of(drafter).items()
   }
   with atomic_write(folder / WEIGHTS_FILE) as path:
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors makes files that only the owner reads
-  text = json.dumps(_to_json(drafter.config), indent=2, sort_keys=True)
+  text = json.dumps(_to_json(drafter.config, dtype), indent=2, sort_keys=True)
   with atomic_write(folder / CONFIG_FILE) as path:
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -85,16 +98,23 @@ def load_drafter_folder(
   require(
     path.is_file(), "drafter", str(folder), f"a folder with {WEIGHTS_FILE}"
   )
-  try:
-    tensors = load_file(path)
-  except (
-    *(safetensors.SafetensorError, OSError, ValueError),
-    *(AttributeError, KeyError),  # a dtype that NumPy does not have
-  ) as error:
-    raise UsageError(
-      f"{path}: expected a whole safetensors file ({_one_line(error)})"
-    ) from error
+  tensors = TensorFolder(folder)
+  check_tensors(config, tensors, path)
   return _fill(config, tensors, path, dtype)
+
+
+def drafter_tensors(config: DrafterConfig) -> dict[str, tuple[int, ...]]:
+  """Name and shape of every tensor that such a drafter is published as."""
+  width, taps = config.hidden_size, len(config.target_layer_ids)
+  layer = layer_tensors(config)
+  tensors: dict[str, tuple[int, ...]] = {
+    "fc.weight": (width, taps * width),
+    "hidden_norm.weight": (width,),
+    "norm.weight": (width,),
+  }
+  for i in range(config.num_layers):
+    tensors |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+  return tensors
 
 
 def read_drafter_config(
@@ -111,13 +131,8 @@ def read_drafter_config(
   """
   path = Path(folder) / CONFIG_FILE
   require(path.is_file(), field, str(folder), f"a folder with {CONFIG_FILE}")
-  try:
-    raw = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise UsageError(f"{path}: expected JSON ({_one_line(error)})") from error
-  if not isinstance(raw, dict) or not isinstance(
-    raw.get("dflash_config", {}), dict
-  ):
+  raw = read_json(path)
+  if not isinstance(raw.get("dflash_config", {}), dict):
     raise UsageError(f"{path}: expected a JSON object of a drafter's config")
   try:
     config = _from_json(raw)
@@ -128,7 +143,7 @@ def read_drafter_config(
   return config
 
 
-def _to_json(config: DrafterConfig) -> dict[str, Any]:
+def _to_json(config: DrafterConfig, dtype: str) -> dict[str, Any]:
   """`config.json`, with both spellings of what loaders disagree on."""
   dflash: dict[str, Any] = {
     "mask_token_id": config.mask_token_id,
@@ -140,11 +155,11 @@ def _to_json(config: DrafterConfig) -> dict[str, Any]:
     dflash["prefix_weight_base"] = config.prefix_weight_base
   rope = {"rope_type": "default", "rope_theta": config.rope_theta}
   return {
-    "architectures": ["DFlashDraftModel"],
+    "architectures": [ARCHITECTURE],
     "attention_bias": False,
     "block_size": config.block_size,
     "dflash_config": dflash,
-    "dtype": "bfloat16",
+    "dtype": dtype,
     "head_dim": config.head_dim,
     "hidden_act": "silu",
     "hidden_size": config.hidden_size,
@@ -168,11 +183,16 @@ def _to_json(config: DrafterConfig) -> dict[str, Any]:
 def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
   """The config, or a `UsageError` that names the key."""
   dflash = raw.get("dflash_config", {})
-  _refuse_unsupported({**raw, **dflash})
+  for settings in (raw, dflash):
+    _refuse_unsupported(settings)
+  sizes = [s["block_size"] for s in (raw, dflash) if "block_size" in s]
+  alike = all(size == sizes[0] for size in sizes)
+  require(alike, "block_size", sizes, "the same value in both places")
 
   def integer(source: Mapping[str, Any], key: str) -> int:
     value = source.get(key)
-    require(type(value) is int, key, value, "a whole number")
+    right = type(value) is int and abs(value) < 2**31
+    require(right, key, value, "a whole number below 2^31")
     return value  # type: ignore[return-value]
 
   def real(source: Mapping[str, Any], key: str) -> float:
@@ -183,8 +203,6 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
   ids = dflash.get("target_layer_ids")
   whole = isinstance(ids, list) and all(type(i) is int for i in ids)
   require(whole, "target_layer_ids", ids, "a list of layer numbers")
-  rope = raw.get("rope_parameters") or {}
-  in_rope = "rope_theta" in rope
   return DrafterConfig(
     vocab_size=integer(raw, "vocab_size"),
     hidden_size=integer(raw, "hidden_size"),
@@ -193,7 +211,7 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
     num_heads=integer(raw, "num_attention_heads"),
     num_kv_heads=integer(raw, "num_key_value_heads"),
     head_dim=integer(raw, "head_dim"),
-    rope_theta=real(rope if in_rope else raw, "rope_theta"),
+    rope_theta=_rope_theta(raw),
     rms_norm_eps=real(raw, "rms_norm_eps"),
     max_length=integer(raw, "max_position_embeddings"),
     block_size=integer(raw if "block_size" in raw else dflash, "block_size"),
@@ -218,15 +236,27 @@ def _refuse_unsupported(settings: Mapping[str, Any]) -> None:
   for value in kinds:
     expected = "'full_attention' (others are not supported)"
     require(value == "full_attention", "layer_types", value, expected)
-  thetas = {settings.get("rope_theta")}
+  vocabulary = settings.get("draft_vocab_size")
+  fits = vocabulary in (None, settings.get("vocab_size"))
+  require(fits, "draft_vocab_size", vocabulary, "the target's, or none")
+
+
+def _rope_theta(raw: Mapping[str, Any]) -> float:
+  """RoPE's base, stated once or alike wherever it is; scaling is refused."""
+  thetas = [raw.get("rope_theta")]
   for key in ("rope_scaling", "rope_parameters"):
-    rope = settings.get(key) or {}
+    rope = raw.get(key) or {}
     require(isinstance(rope, dict), key, rope, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     require(kind == "default", f"{key} type", kind, "'default'")
-    thetas.add(rope.get("rope_theta"))
-  thetas.discard(None)
-  require(len(thetas) == 1, "rope_theta", sorted(thetas), "one value, stated")
+    partial = rope.get("partial_rotary_factor", 1)
+    require(partial == 1, "partial_rotary_factor", partial, "1")
+    thetas.append(rope.get("rope_theta"))
+  stated = [theta for theta in thetas if theta is not None]
+  numbers = all(type(theta) in (int, float) for theta in stated)
+  alike = numbers and len(set(stated)) == 1
+  require(alike, "rope_theta", stated, "one number, stated")
+  return float(stated[0])
 
 
 def _parameters(drafter: Drafter) -> dict[str, nnx.Param]:
@@ -248,37 +278,55 @@ def _tensors_of(drafter: Drafter) -> dict[str, np.ndarray]:
   return {k: np.asarray(p[...]).T for k, p in _parameters(drafter).items()}
 
 
+def check_tensors(
+  config: DrafterConfig, found: TensorFolder, path: Path
+) -> None:
+  """Raises `UsageError` unless the headers hold just the drafter's tensors.
+
+  Args:
+    config: what the tensors must fit.
+    found: the tensors that are there; none of them is read.
+    path: what errors call the file.
+  """
+  # Before any name is made: a damaged config may ask for billions of layers.
+  last = f"layers.{config.num_layers - 1}.input_layernorm.weight"
+  if last not in found:
+    raise UsageError(f"{path}: tensor {last} is missing")
+  shapes = drafter_tensors(config)
+  for name in sorted(shapes.keys() | found.keys()):
+    if name not in found:
+      raise UsageError(f"{path}: tensor {name} is missing")
+    if name not in shapes:
+      raise UsageError(f"{path}: tensor {name} is not part of a drafter")
+    tensor = found.tensors[name]
+    if tensor.shape != shapes[name]:
+      raise UsageError(
+        f"{path}: tensor {name} has shape {tensor.shape}, "
+        f"expected {shapes[name]}"
+      )
+    if tensor.dtype not in _DTYPES:
+      raise UsageError(
+        f"{path}: tensor {name} has dtype {tensor.dtype}, expected one of "
+        f"{', '.join(_DTYPES)}"
+      )
+
+
 def _fill(
   config: DrafterConfig,
   tensors: Mapping[str, np.ndarray],
   path: Path,
   dtype: jax.typing.DTypeLike,
 ) -> Drafter:
-  """A drafter with exactly these tensors."""
-  # Before any layer is made: a damaged config may ask for billions.
-  last = f"layers.{config.num_layers - 1}.input_layernorm.weight"
-  if last not in tensors:
-    raise UsageError(f"{path}: tensor {last} is missing")
+  """A drafter of these tensors, which are read one at a time."""
   make = lambda: Drafter(config, rngs=nnx.Rngs(0), dtype=dtype)
   drafter = nnx.eval_shape(make)
-  parameters = _parameters(drafter)
-  for name in sorted(parameters.keys() | tensors.keys()):
-    if name not in tensors:
-      raise UsageError(f"{path}: tensor {name} is missing")
-    if name not in parameters:
-      raise UsageError(f"{path}: tensor {name} is not part of a drafter")
-    shape = parameters[name].shape[::-1]
-    if tensors[name].shape != shape:
+  for name, parameter in _parameters(drafter).items():
+    value = tensors[name]
+    if not np.isfinite(value).all():
       raise UsageError(
-        f"{path}: tensor {name} has shape {tensors[name].shape}, "
-        f"expected {shape}"
+        f"{path}: tensor {name} has a NaN or an infinity, expected numbers"
       )
-    if tensors[name].dtype.name not in ("bfloat16", "float16", "float32"):
-      raise UsageError(
-        f"{path}: tensor {name} has dtype {tensors[name].dtype}, expected "
-        "bfloat16, float16 or float32"
-      )
-    parameters[name].set_value(jnp.asarray(tensors[name].T, dtype))
+    parameter.set_value(jnp.array(value.T, dtype))
   return drafter
 
 

@@ -1,9 +1,12 @@
-"""GGUF files in: shape and float32 weights of Llama-family targets."""
+"""GGUF files in: shape and float32 weights of Llama-family targets.
+
+Weights are dequantised by the `gguf` package, a piece of one tensor at a time.
+"""
 
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
@@ -13,15 +16,18 @@ from gguf import quants
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io.gguf_header import Header, map_file, read_header
+from d2sd_jax.models.rope import FrequencyFactors, LinearScaling, RopeScaling
 
 # Architecture -> has RMS norms on queries and keys.
 _ARCHITECTURES = {"llama": False, "qwen3": True}
-# gguf dequantises 16 rows at a time; longer rows cost fewer Python calls.
-_ROWS_JOINED = 16
+# Frequency divisors of stretched RoPE, for all layers of Llama 3.
+ROPE_FACTORS = "rope_freqs.weight"
+# Dequantised at a time: whole blocks of every type, and few Python calls.
+_CHUNK = 2**18
 
 
 def target_metadata(path: str | os.PathLike[str]) -> TargetConfig:
-  """The target's shape, from the header alone.
+  """The target's shape, from the header (and RoPE's few divisors) alone.
 
   Raises:
     UsageError: as `read_header`; or the architecture is not `llama` or
@@ -32,12 +38,14 @@ def target_metadata(path: str | os.PathLike[str]) -> TargetConfig:
 
 def load_gguf(
   path: str | os.PathLike[str],
-) -> tuple[TargetConfig, dict[str, np.ndarray]]:
-  """Reads a Llama or Qwen3 target from a GGUF file.
+) -> tuple[TargetConfig, Mapping[str, np.ndarray]]:
+  """Opens a Llama or Qwen3 target in a GGUF file.
 
   Returns:
     Its shape, and its weights: float32 under their Hugging Face names,
-    matrices as [out, in], queries and keys ordered for rotate-half RoPE.
+    matrices as [out, in], queries and keys ordered for rotate-half RoPE. Each
+    is read whenever it is asked for, and kept by nobody else; one that holds
+    a NaN or an infinity raises `UsageError` then.
 
   Raises:
     UsageError: as `target_metadata`; or a tensor is missing, unknown, of the
@@ -51,17 +59,40 @@ def load_gguf(
       f"{header.path}: block_count={config.num_layers}: expected at most the"
       f" file's {len(header.tensors)} tensors"
     )
-  table = _tensor_table(config)
+  table = tensor_table(config)
   _check_tensors(header, {name: shape for name, (_, shape) in table.items()})
-  data = map_file(header.path)
-  weights = {}
-  for name, (hf_name, _) in table.items():
-    weight = _dequantize(header, name, data)
+  return config, _Tensors(header, config, table)
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+  """Weights by their Hugging Face names, each read when asked for."""
+
+  def __init__(
+    self,
+    header: Header,
+    config: TargetConfig,
+    table: Mapping[str, tuple[str, tuple[int, ...]]],
+  ):
+    self._header, self._config = header, config
+    self._names = {hf_name: name for name, (hf_name, _) in table.items()}
+    self._data = map_file(header.path)
+    for name in table:
+      check_stored(header, name, self._data)
+
+  def __getitem__(self, hf_name: str) -> np.ndarray:
+    name = self._names[hf_name]
+    weight = _dequantize(self._header, name, self._data)
     # Llama files alone store the pairs of interleaved RoPE side by side.
-    if not config.qk_norm and name.endswith(("attn_q.weight", "attn_k.weight")):
-      weight = rotate_half_rows(weight, config.head_dim)
-    weights[hf_name] = weight
-  return config, weights
+    interleaved = not self._config.qk_norm
+    if interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
+      return rotate_half_rows(weight, self._config.head_dim)
+    return weight
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._names)
+
+  def __len__(self) -> int:
+    return len(self._names)
 
 
 def rotate_half_rows(weight: np.ndarray, head_dim: int) -> np.ndarray:
@@ -104,6 +135,7 @@ def _target_config(header: Header) -> TargetConfig:
     rms_norm_eps=fields.real("attention.layer_norm_rms_epsilon"),
     max_length=fields.integer("context_length"),
     tied_head="output.weight" not in header.tensors,
+    rope_scaling=_rope_scaling(fields, header, head_dim),
     qk_norm=_ARCHITECTURES[fields.architecture],
   )
 
@@ -144,11 +176,43 @@ class _Fields:
 
 
 def _refuse_unsupported(fields: _Fields) -> None:
-  """Mixtures of experts and scaled RoPE would load, and answer nonsense."""
-  experts = fields.get("expert_count", 0)
-  fields.expect("expert_count", experts == 0, "a dense model")
-  scaling = fields.get("rope.scaling.type", "none")
-  fields.expect("rope.scaling.type", scaling == "none", "RoPE without scaling")
+  """What would load, and answer nonsense."""
+  for name, neutral, expected in (
+    ("expert_count", 0, "a dense model"),
+    ("attention.sliding_window", 0, "layers that see everything"),
+    ("attention.scale", 0.0, "the scale of the head size"),
+    ("rope.scaling.attn_factor", 1.0, "1.0"),
+  ):
+    fields.expect(name, fields.get(name, neutral) == neutral, expected)
+
+
+def _rope_scaling(
+  fields: _Fields, header: Header, head_dim: int
+) -> RopeScaling | None:
+  """How RoPE is stretched: llama.cpp divides each frequency, or all alike.
+
+  Llama 3's files hold one divisor per pair of dimensions, `rope_freqs.weight`;
+  position interpolation is a type and a factor, of which the type may be left
+  out.
+  """
+  key = "rope.scaling.type"
+  kind = fields.get(key, "linear")
+  fields.expect(key, kind in ("none", "linear"), "none or linear")
+  old = "rope.scale_linear"
+  factor = fields.real("rope.scaling.factor", fields.real(old, 1.0))
+  stretched = kind == "linear" and factor != 1
+  if fields.architecture != "llama" or ROPE_FACTORS not in header.tensors:
+    return LinearScaling(factor=factor) if stretched else None
+  where = f"{header.path}: tensor {ROPE_FACTORS!r}"
+  if stretched:
+    raise UsageError(f"{where}: expected no rope.scaling.factor beside it")
+  _check_shape(header, ROPE_FACTORS, (head_dim // 2,))
+  data = map_file(header.path)
+  check_stored(header, ROPE_FACTORS, data)
+  divisors = _dequantize(header, ROPE_FACTORS, data)
+  if divisors.min() <= 0:
+    raise UsageError(f"{where}: expected divisors above 0")
+  return FrequencyFactors(divisors=tuple(divisors.tolist()))
 
 
 def _vocab_size(header: Header) -> int:
@@ -161,7 +225,7 @@ def _vocab_size(header: Header) -> int:
   return embedding.shape[0]
 
 
-def _tensor_table(
+def tensor_table(
   config: TargetConfig,
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
   """GGUF name -> (Hugging Face name, shape) of every tensor there must be."""
@@ -201,52 +265,67 @@ def _check_tensors(
 ) -> None:
   """Raises `UsageError` unless the file has just these tensors."""
   for name, shape in shapes.items():
-    if name not in header.tensors:
-      raise UsageError(f"{header.path}: tensor {name!r} is missing")
-    found = header.tensors[name].shape
-    if found != shape:
-      raise UsageError(
-        f"{header.path}: tensor {name!r} has shape {found}: expected {shape}"
-      )
-  extra = sorted(header.tensors.keys() - shapes.keys())
+    _check_shape(header, name, shape)
+  architecture = header.metadata["general.architecture"]
+  read = {ROPE_FACTORS} if architecture == "llama" else set()
+  extra = sorted(header.tensors.keys() - shapes.keys() - read)
   if extra:
-    architecture = header.metadata["general.architecture"]
     raise UsageError(
       f"{header.path}: tensor {extra[0]!r} has no place in a plain"
       f" {architecture} model"
     )
 
 
-def _dequantize(header: Header, name: str, data: mmap.mmap) -> np.ndarray:
-  """The tensor as a float32 array."""
+def _check_shape(header: Header, name: str, shape: tuple[int, ...]) -> None:
+  """Raises `UsageError` unless there is such a tensor."""
+  if name not in header.tensors:
+    raise UsageError(f"{header.path}: tensor {name!r} is missing")
+  found = header.tensors[name].shape
+  if found != shape:
+    raise UsageError(
+      f"{header.path}: tensor {name!r} has shape {found}: expected {shape}"
+    )
+
+
+def check_stored(header: Header, name: str, data: mmap.mmap) -> None:
+  """Raises `UsageError` unless the file holds all of it, in a known type."""
   info = header.tensors[name]
-  block, _ = gguf.GGML_QUANT_SIZES[info.kind]
+  where = f"{header.path}: tensor {name!r}"
+  block, size = gguf.GGML_QUANT_SIZES[info.kind]
   if info.shape[-1] % block:
     raise UsageError(
-      f"{header.path}: tensor {name!r} of type {info.kind.name} has rows of"
-      f" {info.shape[-1]}: expected a multiple of {block}"
+      f"{where} of type {info.kind.name} has rows of {info.shape[-1]}:"
+      f" expected a multiple of {block}"
     )
-  shape = quants.quant_shape_to_byte_shape(info.shape, info.kind)
-  raw = _tensor_bytes(header, name, data, math.prod(shape))
-  joined = math.gcd(_ROWS_JOINED, math.prod(shape[:-1]))
-  rows = raw.reshape(-1, shape[-1] * joined)
   try:
-    return quants.dequantize(rows, info.kind).reshape(info.shape)
+    quants.dequantize(np.zeros((1, size), np.uint8), info.kind)
   except NotImplementedError as error:
     raise UsageError(
-      f"{header.path}: tensor {name!r} of type {info.kind.name} cannot be"
-      f" dequantised: {error}"
+      f"{where} of type {info.kind.name} cannot be dequantised: {error}"
     ) from error
-
-
-def _tensor_bytes(
-  header: Header, name: str, data: mmap.mmap, count: int
-) -> np.ndarray:
-  """The tensor's bytes, copied: the file may change, weights may not."""
-  start = header.tensors[name].start
-  if start + count > len(data):
+  end = info.start + math.prod(info.shape) // block * size
+  if end > len(data):
     raise UsageError(
-      f"{header.path}: truncated: tensor {name!r} ends at byte"
-      f" {start + count}, the file at {len(data)}"
+      f"{header.path}: truncated: tensor {name!r} ends at byte {end}, the file"
+      f" at {len(data)}"
     )
-  return np.frombuffer(data, np.uint8, count, start).copy()
+
+
+def _dequantize(header: Header, name: str, data: mmap.mmap) -> np.ndarray:
+  """The tensor as a float32 array of its own: the file may change."""
+  info = header.tensors[name]
+  block, size = gguf.GGML_QUANT_SIZES[info.kind]
+  weight = np.empty(math.prod(info.shape), np.float32)
+  # Blocks of a type do not depend on each other, nor on the rows' ends.
+  for begin in range(0, weight.size, _CHUNK):
+    part = weight[begin : begin + _CHUNK]
+    start = info.start + begin // block * size
+    raw = np.frombuffer(data, np.uint8, part.size // block * size, start)
+    with np.errstate(invalid="ignore", over="ignore"):  # told below
+      part[:] = quants.dequantize(raw[None], info.kind)[0]
+    if not np.isfinite(part).all():
+      raise UsageError(
+        f"{header.path}: tensor {name!r} has a NaN or an infinity: expected"
+        " numbers"
+      )
+  return weight.reshape(info.shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from d2sd_jax.config import TargetConfig
+from d2sd_jax.config import DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io import mxfp4
 from d2sd_jax.models.experts import Experts
@@ -50,7 +50,9 @@ def target_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:
   return tensors if config.tied_head else {**tensors, HEAD: table}
 
 
-def layer_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:
+def layer_tensors(
+  config: TargetConfig | DrafterConfig,
+) -> dict[str, tuple[int, ...]]:
   """Name within its layer, and shape, of each tensor of one layer."""
   c = config
   width = c.hidden_size
@@ -74,7 +76,9 @@ def layer_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:
       tensors[f"{LAYER_TENSORS[field]}.bias"] = shape[:1]
   if c.sinks:
     tensors[_SINKS] = (c.num_heads,)
-  return tensors | (_expert_tensors(c) if c.num_experts else {})
+  if isinstance(c, TargetConfig) and c.num_experts:
+    tensors |= _expert_tensors(c)
+  return tensors
 
 
 def _expert_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:

@@ -93,7 +93,21 @@ class YarnScaling:
     return low, high if high != low else high + 1e-3
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrequencyFactors:
+  """A divisor for each frequency, as GGUF files of Llama 3 hold them."""
+
+  divisors: tuple[float, ...]
+  attention_factor: float = 1.0
+
+  def scale(
+    self, frequencies: Float[Array, " half"], theta: float
+  ) -> Float[Array, " half"]:
+    """Stretches the frequencies theta^(-i/half), in radians per position."""
+    return frequencies / jnp.asarray(self.divisors, frequencies.dtype)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | FrequencyFactors
 
 
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
