@@ -5,6 +5,7 @@ where they are not quantised.
 """
 
 import functools
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -174,8 +175,10 @@ class _Reader:
     """The tensor as it is stored, on the device."""
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
-    # Copied before the next is read: a CPU's "device" may share its memory.
-    return jax.block_until_ready(jnp.array(value))
+    # A copy, and a whole one: a CPU's "device" would share the file's memory.
+    copied = jax.block_until_ready(jnp.array(value))
+    gc.collect(0)  # jax lets go of what it copied from with the next collection
+    return copied
 
   def array(self, name: str) -> jax.Array:
     """A tensor in its published layout."""
