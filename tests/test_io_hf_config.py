@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import runpy
+import weakref
 from pathlib import Path
 
 import jax
@@ -313,23 +314,28 @@ def test_the_papers_targets_have_configs(name):
 
 
 class _Lazy(dict):
-  """Tensors that are made when asked for, and how often each was."""
+  """Makes tensors when asked; counts how often, and those not let go of."""
 
   def __init__(self, tensors):
     super().__init__(dict.fromkeys(tensors, 0))
-    self._tensors, self.alive, self.most = tensors, [], 0
+    self._tensors, self._given, self.kept = tensors, [], 0
 
   def __getitem__(self, name):
+    self.kept = max(self.kept, sum(ref() is not None for ref in self._given))
     self[name] = super().__getitem__(name) + 1
-    return self._tensors[name].copy()
+    value = self._tensors[name].copy()
+    self._given.append(weakref.ref(value))
+    return value
 
 
 @pytest.mark.parametrize("config", [tiny.TARGET, tiny.GPT_OSS])
-def test_each_tensor_is_read_once(config):
+def test_each_tensor_is_read_once_and_let_go_before_the_next(config):
   tensors = tiny.target_tensors(config, 0)
+  jax.devices()  # A plugin that fails to start would hold on to its caller.
   lazy = _Lazy(tensors)
   target = target_from_tensors(config, lazy, jnp.float32)
   assert set(lazy.values()) == {1}
+  assert lazy.kept == 0
   expected = tiny.target(0, config)
   for a, b in zip(*map(jax.tree.leaves, (target, expected)), strict=True):
     np.testing.assert_array_equal(a, b)

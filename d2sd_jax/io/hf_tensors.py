@@ -5,6 +5,7 @@ where they are not quantised.
 """
 
 import functools
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -178,8 +179,9 @@ class _Reader:
     """The tensor as it is stored, on the device."""
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
-    # Copied before the next is read: a CPU's "device" may share its memory.
+    # A copy, and a whole one: a CPU's "device" would share the file's memory.
     array = jax.block_until_ready(jnp.array(value))
+    gc.collect(0)  # jax lets go of what it copied from with the next collection
     if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array):
       raise UsageError(f"target tensor {name}: NaN or infinite, not numbers")
     return array
