@@ -58,6 +58,7 @@ CONFIG_FLAGS = (
   ("max_new_tokens", cli.whole_number, "N", "default 256"),
   ("seed", cli.whole_number, "N", "of the sampling noise (default 0)"),
   ("dtype", str, "float32|bfloat16", "default float32 on a CPU, else bfloat16"),
+  ("drafter_weights", str, "bfloat16|int8", "int8: same output, smaller reads"),
   ("batch_size", cli.whole_number, "N", "prompts at a time (default 1)"),
 )
 

@@ -186,9 +186,12 @@ def _models(num_layers, sizes):
   )
 
 
-def _arguments(num_layers, batch, sizes):
-  """Shapes of all that `generate` takes."""
-  models = jax.eval_shape(lambda: _models(num_layers, sizes))
+def _arguments(num_layers, batch, sizes, int8=False):
+  """Shapes of all that `generate` takes; drafters in int8, if so wanted."""
+  make = lambda: _models(num_layers, sizes)
+  models = jax.eval_shape(
+    lambda: make().with_int8_drafting() if int8 else make()
+  )
   sampling = jax.eval_shape(Sampling.create)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   rows = [ints(batch)] * 3
@@ -232,6 +235,29 @@ def _copies(hlo, shape):
       yield line[:200]
 
 
+def _check_int8(hlo, models):
+  """No matrix that drafts is ever widened, but within a kernel that reads it.
+
+  Shapes of projections that a TPU lays out anew for the target are left out.
+  """
+  fused = "|".join(map(re.escape, re.findall(r"calls=(%?[\w.-]+)", hlo)))
+  top = re.sub(rf"^(?:{fused}) [^\n]*{{\n(?:.*\n)*?^}}", "", hlo, flags=re.M)
+  held = [
+    leaf
+    for leaf in jax.tree.leaves((models.drafters, models.draft_head))
+    if leaf.dtype == jnp.int8
+  ]
+  assert len(held) == 2 * (1 + 7 * _DRAFTER_LAYERS) + 1
+  for shape in sorted({leaf.shape for leaf in held}):
+    rows, columns = shape
+    assert f"s8[{rows},{columns}]" in top
+    if 12_288 in shape or rows > 12_288:
+      for name in ("bf16", "f32"):
+        for order in (shape, shape[::-1]):
+          wide = f"{name}[{order[0]},{order[1]}]"
+          assert list(_copies(top, wide)) == [], wide
+
+
 def _calls(hlo, kernel):
   return len(re.findall(rf"%{kernel}[.\d]* = [^\n]* custom-call\(", hlo))
 
@@ -259,7 +285,7 @@ def _check_cycle(chip, compiled, args):
 
 
 def test_whole_cycle(chip):
-  args = _arguments(_LAYERS, 1, _QWEN3_8B)
+  args = _arguments(_LAYERS, 1, _QWEN3_8B, int8=True)
   program = generate
   if chip == "v5e":
     # In bfloat16 the weights alone (20.6 GB) pass one v5e's memory. So there
@@ -278,6 +304,7 @@ def test_whole_cycle(chip):
     args = (dataclasses.replace(models, target=target), *args[1:])
   compiled = _compile(program, *args, mode="d2sd", config=_TREE)
   _check_cycle(chip, compiled, args)
+  _check_int8(compiled.as_text(), args[0])
 
 
 # Not on the H200: XLA's own attention lays keys out anew there at several rows.

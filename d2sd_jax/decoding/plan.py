@@ -97,7 +97,9 @@ class Plan:
   ) -> Models:
     """The target and the drafters that one of the modes uses."""
     used = tuple(drafters[: POLICIES[mode].num_drafters])
-    return Models(target=target, drafters=used)
+    models = Models(target=target, drafters=used)
+    int8 = used and self.config.drafter_weights == "int8"
+    return models.with_int8_drafting() if int8 else models
 
 
 def make_plan(config: DecodeConfig) -> Plan:

@@ -138,13 +138,13 @@ def triple_draft(
     return chain_tree(trunk)
   starts = _likely_failures(confidence, config)
   hosts = _hosts(trunk, config)
-  branches, confidence = _redraft(models, state, config, 1, hosts, starts)
+  branches, confidence = redraft(models, state, config, 1, hosts, starts)
 
   slots = jnp.arange(confidence.shape[-1])
   settled = slots <= starts[:, :, None]
   posterior = boundary_posterior(jnp.where(settled, 1.0, confidence))
   again = jnp.maximum(select_prefixes(posterior, 1)[..., 0], starts + 1)
-  thirds, _ = _redraft(models, state, config, 1, branches, again)
+  thirds, _ = redraft(models, state, config, 1, branches, again)
   # Branch k hangs under the trunk, host 0; its re-draft under the branch.
   count = config.num_branches
   under = jnp.array([0] * count + list(range(1, count + 1)))
@@ -180,7 +180,7 @@ def denoise(
     state.drafter_caches[index],
     state.lengths,
   )
-  return models.target.head(hidden[:, :, 1:])
+  return models.draft_logits(hidden[:, :, 1:])
 
 
 def draft_block(
@@ -216,7 +216,7 @@ def _dual_draft(models, state, config, second):
     return chain_tree(trunk)
   starts = _likely_failures(confidence, config)
   hosts = _hosts(trunk, config)
-  branches, _ = _redraft(models, state, config, second, hosts, starts)
+  branches, _ = redraft(models, state, config, second, hosts, starts)
   return build_prefix_tree(trunk, branches, starts, config.num_nodes)
 
 
@@ -232,7 +232,7 @@ def _hosts(trunk, config):
   return jnp.repeat(longer, config.num_branches, axis=1)
 
 
-def _redraft(
+def redraft(
   models: Models,
   state: DecodeState,
   config: TreeConfig,
