@@ -230,7 +230,7 @@ class DecodeConfig:
   target: str = "smollm2-135m"
   drafter: str = "smollm2-135m-dflash"
   vp_drafter: str = "smollm2-135m-vp"
-  mode: str = "d2sd"
+  mode: str = "auto"
   block_size: int | None = None
   num_branches: int = 4
   second_block_size: int | None = None
@@ -246,7 +246,7 @@ class DecodeConfig:
   batch_size: int = 1
 
   def __post_init__(self):
-    modes = (*MODES, "compare")
+    modes = (*MODES, "compare", "auto")
     for field, ok, expected in (
       ("mode", self.mode in modes, f"one of {', '.join(modes)}"),
       (

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from d2sd_jax import UsageError, cli
+from d2sd_jax import UsageError, cli, timing
 from d2sd_jax.bench import __main__ as bench
-from d2sd_jax.bench import floors, pieces, timing
+from d2sd_jax.bench import floors, pieces
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.models import random_models, random_state, random_tree
 from d2sd_jax.io.paths import find_config

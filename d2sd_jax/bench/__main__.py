@@ -20,21 +20,16 @@ import jax.numpy as jnp
 from d2sd_jax import cli
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.floors import Rates, Work
-from d2sd_jax.bench.models import Draws, random_models
+from d2sd_jax.bench.models import random_models
 from d2sd_jax.bench.pieces import Piece, pieces
+from d2sd_jax.bench.rates import measure_rates
 from d2sd_jax.bench.results import Results, print_table
-from d2sd_jax.bench.timing import (
-  Timing,
-  copy_step,
-  product_step,
-  read_step,
-  time_step,
-)
 from d2sd_jax.decoding.report import versions
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require
 from d2sd_jax.io.paths import check_output
 from d2sd_jax.kernels.cascade_attention import bench as op
+from d2sd_jax.timing import time_step
 
 PROGRAM = "-m d2sd_jax.bench"
 EXAMPLES = f"""\
@@ -45,7 +40,6 @@ EXAMPLES = f"""\
   python {PROGRAM} --config=configs/bench_qwen3_8b.py --drafter_weights=int8 \\
       --rows='draft*/1x1024,ar/1x1024,cycle/1x1024'
 """
-_RATES = ("rates/copy", "rates/read", "rates/product")
 
 
 def flag_parser() -> cli.FlagParser:
@@ -95,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
   left = [n for n in wanted if flags.again or n not in results.done]
 
   cli.setup_jax_cache()
-  rates = _measure_rates(config, results)
+  rates = measure_rates(config, results)
   bench = _Bench(config, grid, shapes, rates)
   for i, name in enumerate(left):
     if flags.minutes and time.monotonic() - started > 60 * flags.minutes:
@@ -145,44 +139,6 @@ def _op_rows(config: BenchConfig) -> dict[str, tuple[op.Shape, str]]:
   return rows
 
 
-def _measure_rates(config: BenchConfig, results: Results) -> Rates:
-  """Copies, reads and multiplies large arrays, as the floors' measure."""
-  draws = Draws(config.seed, config.dtype_name)
-  itemsize, side = draws.dtype.itemsize, config.gemm_size
-  columns = min(4096, side)
-  rows = max(1, config.copy_megabytes * 2**20 // (columns * itemsize))
-  size = rows * columns * itemsize
-  found = []
-  for name, step, carry, inputs, amount in (
-    (_RATES[0], copy_step, draws.noise(rows, columns), None, 2 * size),
-    *(
-      (
-        _RATES[1],
-        read_step,
-        draws.noise(columns),
-        draws.noise(rows, columns),
-        size,
-      ),
-      (
-        _RATES[2],
-        product_step,
-        draws.noise(side, side),
-        jnp.sign(draws.noise(side, side)),
-        2 * side**3,
-      ),
-    ),
-  ):
-    timing = _time(config, step, None, carry, inputs)
-    rate = amount / (timing.median / 1e3)
-    results.add(name, {**timing.record(), "per_second": rate})
-    found.append(rate)
-  return Rates(bytes=max(found[:2]), flops=found[2])
-
-
-def _time(config: BenchConfig, *arguments: Any) -> Timing:
-  return time_step(*arguments, repeats=config.repeats, seconds=config.seconds)
-
-
 class _Bench:
   """Measures rows; the models are drawn when the first row needs them."""
 
@@ -210,8 +166,10 @@ class _Bench:
     if self._models is None:
       self._models = random_models(self._config)
     piece = self._grid[name](self._models)
-    timing = _time(
-      self._config, piece.step, piece.models, piece.carry, piece.inputs
+    timing = time_step(
+      *(piece.step, piece.models, piece.carry, piece.inputs),
+      repeats=self._config.repeats,
+      seconds=self._config.seconds,
     )
     timing.check_ran(piece.implementations)
     return {

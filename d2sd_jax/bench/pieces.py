@@ -15,13 +15,13 @@ from d2sd_jax.bench.floors import (
   target_work,
 )
 from d2sd_jax.bench.models import random_state, random_tree
-from d2sd_jax.bench.timing import Step
 from d2sd_jax.decoding.cycle import commit, decode_cycle
 from d2sd_jax.decoding.policies import POLICIES, draft_block, redraft
 from d2sd_jax.decoding.state import DecodeState, Models
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.models.target import TargetOutput
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.timing import Step
 from d2sd_jax.verify import longest_accepted_path, target_choices
 
 

@@ -1,7 +1,9 @@
 """One decode cycle, in the order of Sec. 3.1-3.3."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 
 from d2sd_jax.config import TreeConfig
@@ -39,6 +41,26 @@ def decode_cycle(
     The state after the cycle.
   """
   tree = policy.build(models, state, config)
+  verify = functools.partial(_verify, models, sampling)
+  if not policy.may_abstain:
+    return verify(state, tree, policy.max_path(config))
+  drafted = tree.valid[:, 1:] & ~state.finished[:, None]
+  return jax.lax.cond(
+    drafted.any(),
+    lambda state: verify(state, tree, policy.max_path(config)),
+    lambda state: verify(state, jax.tree.map(lambda x: x[:, :1], tree), 1),
+    state,
+  )
+
+
+def _verify(
+  models: Models,
+  sampling: Sampling,
+  state: DecodeState,
+  tree: PrefixTree,
+  max_path: int,
+) -> DecodeState:
+  """Scores the tree in one pass and commits its longest accepted path."""
   scores = models.target.score_tree(
     tree, state.target_cache, state.lengths, models.taps
   )
@@ -48,7 +70,7 @@ def decode_cycle(
     state.sequence_ids,
     sampling,
   )
-  verdict = longest_accepted_path(tree, choices, policy.max_path(config))
+  verdict = longest_accepted_path(tree, choices, max_path)
   return commit(models, state, tree, scores, verdict)
 
 

@@ -39,6 +39,8 @@ class TreePolicy:
     max_path: nodes of its longest path, the anchor included.
     num_nodes: slots of its tree.
     reads: fields of `TreeConfig` that mean something to it.
+    may_abstain: its tree may be the anchor alone, which then is a step of
+      `ar`.
   """
 
   build: Callable[[Models, DecodeState, TreeConfig], PrefixTree]
@@ -46,6 +48,7 @@ class TreePolicy:
   max_path: Callable[[TreeConfig], int]
   num_nodes: Callable[[TreeConfig], int] = lambda config: config.num_nodes
   reads: tuple[str, ...] = ()
+  may_abstain: bool = False
 
 
 def anchor_only(
@@ -315,7 +318,7 @@ _dual_nodes = lambda config: config.num_nodes
 POLICIES: Mapping[str, TreePolicy] = {
   "ar": TreePolicy(anchor_only, 0, _one_node, _one_node),
   "prompt_lookup": TreePolicy(
-    prompt_lookup, 0, _block_size, _block_size, _BLOCK
+    prompt_lookup, 0, _block_size, _block_size, _BLOCK, may_abstain=True
   ),
   "dflash": TreePolicy(first_draft, 1, _block_size, _block_size, _BLOCK),
   "dflash_samples": TreePolicy(

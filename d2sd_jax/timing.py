@@ -12,8 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from d2sd_jax.kernels.dot import matmul
-
 # Takes models, what the step before returned, and inputs that stay.
 Step = Callable[[Any, Any, Any], Any]
 # What a compiled program holds when a kernel of ours, or cuDNN's, is in it.
@@ -129,21 +127,3 @@ def time_step(
 def _custom_calls(hlo: str) -> tuple[str, ...]:
   """The names of what a compiled program calls, each once."""
   return tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', hlo))))
-
-
-def copy_step(_, carry, inputs):
-  """Reads all of an array and writes as much."""
-  del inputs
-  return -carry
-
-
-def read_step(_, carry, inputs):
-  """Reads all of a matrix, and keeps one number of each column."""
-  return jnp.maximum(carry, inputs.max(axis=0))
-
-
-def product_step(_, carry, inputs):
-  """A product of two square matrices."""
-  # Random ±1 of n rows: sums of about √n.
-  scale = 1 / math.sqrt(inputs.shape[0])
-  return (matmul("ij,jk->ik", carry, inputs) * scale).astype(carry.dtype)
