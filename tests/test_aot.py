@@ -192,14 +192,19 @@ def _arguments(num_layers, batch, sizes, int8=False):
   models = jax.eval_shape(
     lambda: make().with_int8_drafting() if int8 else make()
   )
-  sampling = jax.eval_shape(Sampling.create)
+  steps = jax.ShapeDtypeStruct((), jnp.int32)
+  return models, _state(models, batch), jax.eval_shape(Sampling.create), steps
+
+
+def _state(models, batch):
+  """Shapes of a state of so many rows."""
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   rows = [ints(batch)] * 3
-  state = jax.eval_shape(
+  return jax.eval_shape(
     lambda *args: prefill(*args, capacity=_CAPACITY),
-    *(models, ints(batch, 64), *rows, ints(2), sampling),
+    *(models, ints(batch, 64), *rows, ints(2)),
+    jax.eval_shape(Sampling.create),
   )
-  return models, state, sampling, ints()
 
 
 def _of_shape(hlo, shape):
@@ -315,6 +320,21 @@ def test_cycle_of_several_rows(tpu, sizes):
   args = _arguments(3, 4, sizes)
   compiled = _compile(generate, *args, mode="d2sd", config=_TREE)
   _check_cycle(tpu, compiled, args)
+
+
+@pytest.mark.parametrize("mode", ["ar", "prompt_lookup"])
+def test_plain_steps(chip, mode):
+  """A lone anchor's keys and values wait for the pass before they are kept."""
+  del chip
+  models, _, *rest = _arguments(3, 1, _QWEN3_8B)
+  models = dataclasses.replace(models, drafters=())
+  state = _state(models, 1)
+  hlo = _compile(
+    generate, models, state, *rest, mode=mode, config=_TREE
+  ).as_text()
+  shape = state.target_cache.keys[0].shape
+  for held in (shape, (*shape[:2], shape[3], shape[2])):
+    assert list(_copies(hlo, f"bf16[{','.join(map(str, held))}]")) == []
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
