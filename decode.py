@@ -21,7 +21,7 @@ import jax
 
 from d2sd_jax import cli
 from d2sd_jax.config import MODES, DecodeConfig
-from d2sd_jax.decoding import report
+from d2sd_jax.decoding import auto, report
 from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require
@@ -53,7 +53,7 @@ CONFIG_FLAGS = (
   ),
   ("drafter", str, "PATH", "drafter 1: a folder or a shipped name"),
   ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
-  ("mode", str, "|".join((*MODES, "compare")), "default d2sd"),
+  ("mode", str, "|".join((*MODES, "compare", "auto")), "default auto"),
   ("block_size", cli.whole_number, "N", "slots of a block, anchor included"),
   ("num_branches", cli.whole_number, "N", "branches of the prefix tree"),
   ("temperature", cli.number, "T", "default 0, greedy"),
@@ -62,6 +62,7 @@ CONFIG_FLAGS = (
   ("max_new_tokens", cli.whole_number, "N", "default 256"),
   ("seed", cli.whole_number, "N", "of the sampling noise (default 0)"),
   ("dtype", str, "float32|bfloat16", "default float32 on a CPU, else bfloat16"),
+  ("drafter_weights", str, "bfloat16|int8", "int8: same output, smaller reads"),
   ("batch_size", cli.whole_number, "N", "prompts at a time (default 1)"),
 )
 
@@ -137,6 +138,8 @@ def main(arguments: Sequence[str]) -> None:
   ]
   plan.check_context(requests)
   target = load_target(config.target, plan.config.dtype)
+  if config.mode == "auto":
+    plan = auto.resolve(plan, target, drafters, requests)
 
   # Compile.
   device = jax.devices()[0].device_kind
@@ -164,11 +167,11 @@ def main(arguments: Sequence[str]) -> None:
     margins = difference_margins(answers, target, plan)
     report.print_comparison(answers, margins, plan)
   else:
-    (session,) = sessions.values()
+    ((mode, session),) = sessions.items()
     if not stream:
       session.warm_up()
-    answers[config.mode] = printer.decode_aloud(session)
-    report.print_closing_line(answers[config.mode], plan)
+    answers[mode] = printer.decode_aloud(session)
+    report.print_closing_line(answers[mode], plan)
   in_order = [
     a for prompt in zip(*answers.values(), strict=True) for a in prompt
   ]

@@ -18,6 +18,7 @@ MODES = (
 )
 COMPARED = ("ar", "dflash", "d2sd")
 DTYPES = ("float32", "bfloat16")
+DRAFTER_WEIGHTS = ("bfloat16", "int8")
 ROLES = ("dflash", "vp_drafter")
 SLOT_WEIGHTINGS = ("exponential", "d_pace")
 OPTIMIZERS = ("adamw", "muon")
@@ -261,12 +262,16 @@ class TreeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-  """Everything `decode.py` can be told; `None` means "decide at run time"."""
+  """Everything `decode.py` can be told; `None` means "decide at run time".
+
+  Drafter weights in `bfloat16` are as their files hold them, and are computed
+  with in `dtype`; `int8` cannot change the output, only how much is accepted.
+  """
 
   target: str = "smollm2-135m"
   drafter: str = "smollm2-135m-dflash"
   vp_drafter: str = "smollm2-135m-vp"
-  mode: str = "d2sd"
+  mode: str = "auto"
   block_size: int | None = None
   num_branches: int = 4
   second_block_size: int | None = None
@@ -278,10 +283,11 @@ class DecodeConfig:
   max_new_tokens: int = 256
   seed: int = 0
   dtype: str | None = None
+  drafter_weights: str = "bfloat16"
   batch_size: int = 1
 
   def __post_init__(self):
-    modes = (*MODES, "compare")
+    modes = (*MODES, "compare", "auto")
     for field, ok, expected in (
       ("mode", self.mode in modes, f"one of {', '.join(modes)}"),
       (
@@ -300,6 +306,11 @@ class DecodeConfig:
         "dtype",
         self.dtype is None or self.dtype in DTYPES,
         f"one of {', '.join(DTYPES)}",
+      ),
+      (
+        "drafter_weights",
+        self.drafter_weights in DRAFTER_WEIGHTS,
+        f"one of {', '.join(DRAFTER_WEIGHTS)}",
       ),
     ):
       require(ok, field, getattr(self, field), expected)

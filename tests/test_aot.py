@@ -186,17 +186,25 @@ def _models(num_layers, sizes):
   )
 
 
-def _arguments(num_layers, batch, sizes):
-  """Shapes of all that `generate` takes."""
-  models = jax.eval_shape(lambda: _models(num_layers, sizes))
-  sampling = jax.eval_shape(Sampling.create)
+def _arguments(num_layers, batch, sizes, int8=False):
+  """Shapes of all that `generate` takes; drafters in int8, if so wanted."""
+  make = lambda: _models(num_layers, sizes)
+  models = jax.eval_shape(
+    lambda: make().with_int8_drafting() if int8 else make()
+  )
+  steps = jax.ShapeDtypeStruct((), jnp.int32)
+  return models, _state(models, batch), jax.eval_shape(Sampling.create), steps
+
+
+def _state(models, batch):
+  """Shapes of a state of so many rows."""
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   rows = [ints(batch)] * 3
-  state = jax.eval_shape(
+  return jax.eval_shape(
     lambda *args: prefill(*args, capacity=_CAPACITY),
-    *(models, ints(batch, 64), *rows, ints(2), sampling),
+    *(models, ints(batch, 64), *rows, ints(2)),
+    jax.eval_shape(Sampling.create),
   )
-  return models, state, sampling, ints()
 
 
 def _of_shape(hlo, shape):
@@ -232,6 +240,31 @@ def _copies(hlo, shape):
       yield line[:200]
 
 
+def _check_int8(hlo, models):
+  """No matrix that drafts is ever widened, but within a kernel that reads it.
+
+  Shapes of projections that a TPU lays out anew for the target are left out;
+  what it only moves is the target's.
+  """
+  fused = "|".join(map(re.escape, re.findall(r"calls=(%?[\w.-]+)", hlo)))
+  top = re.sub(rf"^(?:{fused}) [^\n]*{{\n(?:.*\n)*?^}}", "", hlo, flags=re.M)
+  held = [
+    leaf
+    for leaf in jax.tree.leaves((models.drafters, models.draft_head))
+    if leaf.dtype == jnp.int8
+  ]
+  assert len(held) == 2 * (1 + 7 * _DRAFTER_LAYERS) + 1
+  for shape in sorted({leaf.shape for leaf in held}):
+    rows, columns = shape
+    assert f"s8[{rows},{columns}]" in top
+    if 12_288 in shape or rows > 12_288:
+      for name in ("bf16", "f32"):
+        for order in (shape, shape[::-1]):
+          wide = f"{name}[{order[0]},{order[1]}]"
+          made = [kind for kind, _ in _of_shape(top, wide)]
+          assert not {"convert", "fusion", "multiply"} & set(made), wide
+
+
 def _calls(hlo, kernel):
   return len(re.findall(rf"%{kernel}[.\d]* = [^\n]* custom-call\(", hlo))
 
@@ -259,7 +292,7 @@ def _check_cycle(chip, compiled, args):
 
 
 def test_whole_cycle(chip):
-  args = _arguments(_LAYERS, 1, _QWEN3_8B)
+  args = _arguments(_LAYERS, 1, _QWEN3_8B, int8=True)
   program = generate
   if chip == "v5e":
     # In bfloat16 the weights alone (20.6 GB) pass one v5e's memory. So there
@@ -278,6 +311,7 @@ def test_whole_cycle(chip):
     args = (dataclasses.replace(models, target=target), *args[1:])
   compiled = _compile(program, *args, mode="d2sd", config=_TREE)
   _check_cycle(chip, compiled, args)
+  _check_int8(compiled.as_text(), args[0])
 
 
 # Not on the H200: XLA's own attention lays keys out anew there at several rows.
@@ -286,6 +320,21 @@ def test_cycle_of_several_rows(tpu, sizes):
   args = _arguments(3, 4, sizes)
   compiled = _compile(generate, *args, mode="d2sd", config=_TREE)
   _check_cycle(tpu, compiled, args)
+
+
+@pytest.mark.parametrize("mode", ["ar", "prompt_lookup"])
+def test_plain_steps(chip, mode):
+  """A lone anchor's keys and values wait for the pass before they are kept."""
+  del chip
+  models, _, *rest = _arguments(3, 1, _QWEN3_8B)
+  models = dataclasses.replace(models, drafters=())
+  state = _state(models, 1)
+  hlo = _compile(
+    generate, models, state, *rest, mode=mode, config=_TREE
+  ).as_text()
+  shape = state.target_cache.keys[0].shape
+  for held in (shape, (*shape[:2], shape[3], shape[2])):
+    assert list(_copies(hlo, f"bf16[{','.join(map(str, held))}]")) == []
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -473,7 +473,22 @@ def tiny_target(tmp_path, monkeypatch):
     "--max_new_tokens=9",
     "--block_size=4",
     "--dtype=float32",
+    "--mode=d2sd",
   ]
+
+
+def test_auto_is_the_default_and_says_what_it_took(
+  tiny_target, tmp_path, capsys
+):
+  output = tmp_path / "out.json"
+  arguments = [*tiny_target[:-1], "--prompt=owl", f"--json={output}"]
+  assert cli.run(decode.main, arguments) == 0
+  out, err = capsys.readouterr()
+  (record,) = json.loads(output.read_text())
+  assert (record["requested_mode"], record["mode"]) == ("auto", "ar")
+  told = "auto: ar, no acceptance.json beside drafter 1"
+  assert err.splitlines()[0] == told
+  assert f"({told}, prefill" in out
 
 
 def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
@@ -484,6 +499,8 @@ def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
   text, closing = out.split("\n\n")
   (record,) = json.loads(output.read_text())
   assert record["text"] == text
+  assert record["requested_mode"] == "d2sd"
+  assert record["drafter_weights"] == "bfloat16"
   assert (record["mode"], len(record["tokens"])) == ("d2sd", 9)
   assert (record["block_size"], record["num_branches"]) == (4, 2)
   assert [p.name for p in output.parent.iterdir()] == ["out.json"]

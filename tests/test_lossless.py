@@ -96,11 +96,12 @@ def _cases(draw, target=tiny.TARGET):
 
 
 @functools.cache
-def _models(config, target_seed, num_drafters):
+def _models(config, target_seed, num_drafters, int8=False):
   drafters = (tiny.drafter(tiny.DFLASH, 1), tiny.drafter(tiny.VP, 2))
-  return Models(
+  models = Models(
     target=tiny.target(target_seed, config), drafters=drafters[:num_drafters]
   )
+  return models.with_int8_drafting() if int8 else models
 
 
 def _start(models, case, stops=(-1,), max_new=None, **changes):
@@ -218,8 +219,10 @@ def test_random_drafters(name, family):
     answers = tiny.answers(expected, case.prompts)
     accepted = _check_history(case, expected, "ar", config)
     assert set(np.unique(accepted)) <= {0, 1}
-    for mode, count in (("dflash", 1), ("d2sd", 2)):
-      models = _models(case.target, case.target_seed, count)
+    for mode, count, int8 in (
+      *(("dflash", 1, False), ("d2sd", 2, False), ("d2sd", 2, True)),
+    ):
+      models = _models(case.target, case.target_seed, count, int8)
       state = _decode(models, case, mode, config, stops)
       _check_history(case, state, mode, config)
       got = tiny.answers(state, case.prompts)
@@ -264,7 +267,11 @@ def _planted(case, plan, wrong, again, sharpness):
     )
     for inner, errors in zip(models.drafters, (wrong, again), strict=True)
   )
-  return dataclasses.replace(models, drafters=drafters)
+  # Some of them through a head in int8.
+  head = (
+    models.with_int8_drafting().draft_head if case.target_seed % 2 else None
+  )
+  return dataclasses.replace(models, drafters=drafters, draft_head=head)
 
 
 @functools.partial(jax.jit, static_argnames="config")

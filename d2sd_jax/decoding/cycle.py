@@ -1,7 +1,10 @@
 """One decode cycle, in the order of Sec. 3.1-3.3."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from d2sd_jax.config import TreeConfig
@@ -39,6 +42,21 @@ def decode_cycle(
     The state after the cycle.
   """
   tree = policy.build(models, state, config)
+  score = functools.partial(_score, models, state, sampling)
+  if policy.may_abstain:
+    drafted = tree.valid[:, 1:] & ~state.finished[:, None]
+    alone = lambda tree: _score_anchor(score, tree)
+    choices, scores = jax.lax.cond(drafted.any(), score, alone, tree)
+  else:
+    choices, scores = score(tree)
+  verdict = longest_accepted_path(tree, choices, policy.max_path(config))
+  return commit(models, state, tree, scores, verdict)
+
+
+def _score(
+  models: Models, state: DecodeState, sampling: Sampling, tree: PrefixTree
+) -> tuple[Int[Array, "B R"], TargetOutput]:
+  """The target's choice after every node, and its pass without the logits."""
   scores = models.target.score_tree(
     tree, state.target_cache, state.lengths, models.taps
   )
@@ -48,8 +66,28 @@ def decode_cycle(
     state.sequence_ids,
     sampling,
   )
-  verdict = longest_accepted_path(tree, choices, policy.max_path(config))
-  return commit(models, state, tree, scores, verdict)
+  return choices, dataclasses.replace(scores, logits=scores.logits[:, :0])
+
+
+def _score_anchor(
+  score: Callable[[PrefixTree], tuple[Int[Array, "B R"], TargetOutput]],
+  tree: PrefixTree,
+) -> tuple[Int[Array, "B R"], TargetOutput]:
+  """As `score`, of the anchor only; zeros stand for all other nodes."""
+  choices, scores = score(jax.tree.map(lambda x: x[:, :1], tree))
+  missing = tree.tokens.shape[1] - 1
+
+  def pad(x: Array, axis: int) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(x, widths)
+
+  padded = dataclasses.replace(
+    scores,
+    features=pad(scores.features, 1),
+    kv=jax.tree.map(lambda x: pad(x, 2), scores.kv),
+  )
+  return pad(choices, 1), padded
 
 
 def commit(
@@ -87,6 +125,10 @@ def commit(
     own = models.features_of(drafter, features)
     return append(cache, drafter.context_kv(own, positions), state.lengths)
 
+  # Never negative; but so that XLA knows that rows are written after the whole
+  # pass has read the cache. A lone anchor's depend on nothing else, and would
+  # be written into a copy of every layer's cache.
+  starts = state.lengths + jnp.minimum(verdict.next_anchor, 0)
   at = jnp.arange(path.shape[0])[:, None], positions + 1
   return dataclasses.replace(
     state,
@@ -94,9 +136,7 @@ def commit(
     origins=state.origins.at[at].set(origins),
     lengths=state.lengths + count,
     finished=finished,
-    target_cache=commit_path(
-      state.target_cache, scores.kv, path, state.lengths
-    ),
+    target_cache=commit_path(state.target_cache, scores.kv, path, starts),
     drafter_caches=tuple(
       extend(drafter, cache)
       for drafter, cache in zip(

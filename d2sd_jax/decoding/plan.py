@@ -47,12 +47,14 @@ class Plan:
     target: shape of the target.
     drafters: folders of as many drafters as the modes need.
     trees: the modes to run, in order, and the static tree sizes of each.
+    chosen: how mode `auto` came to its choice, in words; else `None`.
   """
 
   config: DecodeConfig
   target: TargetConfig
   drafters: tuple[Path, ...]
   trees: Mapping[str, TreeConfig]
+  chosen: str | None = None
 
   @property
   def sampling(self) -> Sampling:
@@ -100,7 +102,9 @@ class Plan:
   ) -> Models:
     """The target and the drafters that one of the modes uses."""
     used = tuple(drafters[: POLICIES[mode].num_drafters])
-    return Models(target=target, drafters=used)
+    models = Models(target=target, drafters=used)
+    int8 = used and self.config.drafter_weights == "int8"
+    return models.with_int8_drafting() if int8 else models
 
 
 def make_plan(config: DecodeConfig) -> Plan:
@@ -113,7 +117,9 @@ def make_plan(config: DecodeConfig) -> Plan:
     UsageError: a file is missing or damaged, a drafter does not fit the
       target, or a size does not fit another.
   """
-  modes = COMPARED if config.mode == "compare" else (config.mode,)
+  # `auto` may choose any; `d2sd` stands for it until it has.
+  groups = {"compare": COMPARED, "auto": ("d2sd",)}
+  modes = groups.get(config.mode, (config.mode,))
   target = read_target_config(config.target)
   require(
     config.max_new_tokens < target.max_length,

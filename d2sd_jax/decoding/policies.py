@@ -39,6 +39,8 @@ class TreePolicy:
     max_path: nodes of its longest path, the anchor included.
     num_nodes: slots of its tree.
     reads: fields of `TreeConfig` that mean something to it.
+    may_abstain: its tree may be the anchor alone, which then is a step of
+      `ar`.
   """
 
   build: Callable[[Models, DecodeState, TreeConfig], PrefixTree]
@@ -46,6 +48,7 @@ class TreePolicy:
   max_path: Callable[[TreeConfig], int]
   num_nodes: Callable[[TreeConfig], int] = lambda config: config.num_nodes
   reads: tuple[str, ...] = ()
+  may_abstain: bool = False
 
 
 def anchor_only(
@@ -138,13 +141,13 @@ def triple_draft(
     return chain_tree(trunk)
   starts = _likely_failures(confidence, config)
   hosts = _hosts(trunk, config)
-  branches, confidence = _redraft(models, state, config, 1, hosts, starts)
+  branches, confidence = redraft(models, state, config, 1, hosts, starts)
 
   slots = jnp.arange(confidence.shape[-1])
   settled = slots <= starts[:, :, None]
   posterior = boundary_posterior(jnp.where(settled, 1.0, confidence))
   again = jnp.maximum(select_prefixes(posterior, 1)[..., 0], starts + 1)
-  thirds, _ = _redraft(models, state, config, 1, branches, again)
+  thirds, _ = redraft(models, state, config, 1, branches, again)
   # Branch k hangs under the trunk, host 0; its re-draft under the branch.
   count = config.num_branches
   under = jnp.array([0] * count + list(range(1, count + 1)))
@@ -180,7 +183,7 @@ def denoise(
     state.drafter_caches[index],
     state.lengths,
   )
-  return models.target.head(hidden[:, :, 1:])
+  return models.draft_logits(hidden[:, :, 1:])
 
 
 def draft_block(
@@ -216,7 +219,7 @@ def _dual_draft(models, state, config, second):
     return chain_tree(trunk)
   starts = _likely_failures(confidence, config)
   hosts = _hosts(trunk, config)
-  branches, _ = _redraft(models, state, config, second, hosts, starts)
+  branches, _ = redraft(models, state, config, second, hosts, starts)
   return build_prefix_tree(trunk, branches, starts, config.num_nodes)
 
 
@@ -232,7 +235,7 @@ def _hosts(trunk, config):
   return jnp.repeat(longer, config.num_branches, axis=1)
 
 
-def _redraft(
+def redraft(
   models: Models,
   state: DecodeState,
   config: TreeConfig,
@@ -315,7 +318,7 @@ _dual_nodes = lambda config: config.num_nodes
 POLICIES: Mapping[str, TreePolicy] = {
   "ar": TreePolicy(anchor_only, 0, _one_node, _one_node),
   "prompt_lookup": TreePolicy(
-    prompt_lookup, 0, _block_size, _block_size, _BLOCK
+    prompt_lookup, 0, _block_size, _block_size, _BLOCK, may_abstain=True
   ),
   "dflash": TreePolicy(first_draft, 1, _block_size, _block_size, _BLOCK),
   "dflash_samples": TreePolicy(

@@ -89,6 +89,7 @@ def make_record(
   seconds = answer.decode_seconds
   return {
     "mode": mode,
+    "requested_mode": config.mode,
     "prompt_tokens": list(answer.request.tokens),
     "tokens": tokens,
     "text": answer_text(tokenizer, tokens),
@@ -104,6 +105,7 @@ def make_record(
     "temperature": config.temperature,
     "seed": config.seed,
     "dtype": config.dtype,
+    "drafter_weights": config.drafter_weights,
     "implementation": answer.implementation,
     "target": config.target,
     "device": jax.devices()[0].device_kind,
@@ -270,8 +272,8 @@ def print_closing_line(answers: Sequence[Answer], plan: Plan) -> None:
   line = (
     f"{tokens} tokens, {cycles} cycles, acceptance length α"
     f" {_alpha(answers)}, {_speed(answers):.1f} tokens/s"
-    f" ({answers[0].mode}, prefill {prefill:.2f} s, {plan.config.dtype} on"
-    f" {jax.devices()[0].device_kind})"
+    f" ({plan.chosen or answers[0].mode}, prefill {prefill:.2f} s,"
+    f" {plan.config.dtype} on {jax.devices()[0].device_kind})"
   )
   console().print(Text(line, "dim"))
 

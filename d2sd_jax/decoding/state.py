@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 from d2sd_jax.models.cache import KVCache, append
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import Drafter, quantize_drafter
 from d2sd_jax.sampling import Sampling, draft_key
 from d2sd_jax.typing import Array, Bool, Float, Int
 from d2sd_jax.verify import target_choices
@@ -21,16 +23,39 @@ class Models:
   Attributes:
     target: implements `Target`.
     drafters: drafter 1, then the `vp_drafter`.
+    draft_head: the target's head in int8, for drafts; `None` is the head
+      itself.
   """
 
   target: Any
   drafters: tuple[Drafter, ...] = ()
+  draft_head: QuantizedMatrix | None = None
 
   @property
   def taps(self) -> tuple[int, ...]:
     """Target layers any drafter reads, ascending."""
     ids = (d.config.target_layer_ids for d in self.drafters)
     return tuple(sorted({i for layer_ids in ids for i in layer_ids}))
+
+  def with_int8_drafting(self) -> "Models":
+    """Drafters, and the head for drafts only, in int8.
+
+    What the target chooses is untouched, so the output is the same; drafts,
+    and with them α, may differ. A target of your own needs `head_weight`,
+    `[V, D]`, or drafts go through its head as it is.
+    """
+    head = getattr(self.target, "head_weight", None)
+    return dataclasses.replace(
+      self,
+      drafters=tuple(map(quantize_drafter, self.drafters)),
+      draft_head=None if head is None else quantize(head, summed=1),
+    )
+
+  def draft_logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """Float32 logits of a drafter's hidden states."""
+    if self.draft_head is None:
+      return self.target.head(hidden)
+    return matmul("...d,vd->...v", hidden, self.draft_head, jnp.float32)
 
   def features_of(
     self, drafter: Drafter, features: Float[Array, "B R taps D"]

@@ -1,15 +1,36 @@
 """Contractions with the precision this project means."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from d2sd_jax.kernels.quantized import QuantizedMatrix, quantized_product
 from d2sd_jax.typing import Array
 
-# "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
-# bfloat16 on TPU. Products of bfloat16 arrays are not affected by it.
-matmul = functools.partial(jnp.einsum, precision="highest")
+
+def matmul(
+  spec: str, a: Array, b: Any, preferred_element_type: Any = None
+) -> Array:
+  """`einsum` of two operands in the precision that their dtype promises.
+
+  "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
+  bfloat16 on TPU. Products of bfloat16 arrays are not affected by it.
+
+  Args:
+    spec: an einsum specification of two operands.
+    a: left operand.
+    b: right operand: an array, or a `QuantizedMatrix`.
+    preferred_element_type: of the result; `None` is the operands'.
+  """
+  if isinstance(b, QuantizedMatrix):
+    return quantized_product(spec, a, b, preferred_element_type or a.dtype)
+  return jnp.einsum(
+    *(spec, a, b),
+    precision="highest",
+    preferred_element_type=preferred_element_type,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

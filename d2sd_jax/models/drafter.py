@@ -12,6 +12,7 @@ from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
 from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
   project_kv,
@@ -79,11 +80,16 @@ class Drafter(nnx.Module):
       [DrafterLayer(config, rngs, dtype) for _ in range(config.num_layers)]
     )
 
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of activations and caches; matrices may be int8."""
+    return self.norm.dtype
+
   def init_cache(self, batch_size: int, capacity: int) -> KVCache:
     """A cache of zeros for the context of `capacity` tokens per row."""
     config = self.config
     shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
-    return KVCache.zeros(config.num_layers, shape, self.fc.dtype)
+    return KVCache.zeros(config.num_layers, shape, self.dtype)
 
   def context_kv(
     self,
@@ -101,7 +107,7 @@ class Drafter(nnx.Module):
     """
     config = self.config
     features = rearrange(features, "b t taps d -> b t (taps d)")
-    context = matmul("btf,fd->btd", features.astype(self.fc.dtype), self.fc)
+    context = matmul("btf,fd->btd", features.astype(self.dtype), self.fc)
     context = rms_norm(context, self.hidden_norm[...], config.rms_norm_eps)
     return KVCache.from_layers(
       project_kv(layer, context, positions, config) for layer in self.layers
@@ -131,7 +137,7 @@ class Drafter(nnx.Module):
     Returns:
       Hidden states after the final norm.
     """
-    x = embeddings.astype(self.fc.dtype)
+    x = embeddings.astype(self.dtype)
     for i, layer in enumerate(self.layers):
       x, _ = transformer_block(
         layer,
@@ -144,6 +150,17 @@ class Drafter(nnx.Module):
         implementation,
       )
     return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+
+
+def quantize_drafter(drafter: Drafter) -> Drafter:
+  """The drafter with all matrices in int8; its norms are shared."""
+  # Mapping makes new modules, and leaves the drafter that was given alone.
+  new = jax.tree.map(lambda x: x, drafter)
+  for module in (new, *new.layers):
+    for name, value in list(vars(module).items()):
+      if isinstance(value, nnx.Param) and value.ndim == 2:
+        setattr(module, name, nnx.data(quantize(value[...], summed=0)))
+  return new
 
 
 def fill_masked(

@@ -120,6 +120,11 @@ class LlamaTarget:
     default=None, metadata={"static": True}
   )
 
+  @property
+  def head_weight(self) -> Float[Array, "V D"]:
+    """The head's matrix."""
+    return self.embedding if self.lm_head is None else self.lm_head
+
   def init_cache(self, batch_size: int, capacity: int) -> KVCache:
     """See `Target.init_cache`."""
     config = self.config
@@ -132,7 +137,7 @@ class LlamaTarget:
 
   def head(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     """See `Target.head`."""
-    weight = self.embedding if self.lm_head is None else self.lm_head
+    weight = self.head_weight
     return dot_float32("...d,vd->...v", hidden.astype(weight.dtype), weight)
 
   def prefill(

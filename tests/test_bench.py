@@ -1,0 +1,207 @@
+"""The benchmark of a decode cycle, at sizes a CPU measures in seconds."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2sd_jax import UsageError, cli, timing
+from d2sd_jax.bench import __main__ as bench
+from d2sd_jax.bench import floors, pieces
+from d2sd_jax.bench.config import BenchConfig
+from d2sd_jax.bench.models import random_models, random_state, random_tree
+from d2sd_jax.io.paths import find_config
+from d2sd_jax.kernels.cascade_attention import bench as op
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(autouse=True)
+def _few_sets(monkeypatch):
+  monkeypatch.setattr(op, "MAX_SETS", 2)
+
+
+@pytest.fixture
+def config():
+  return cli.load_config(BenchConfig, "bench_tiny", {"dtype": "float32"})
+
+
+def _run(out, rows, *more):
+  arguments = ["--config=bench_tiny", f"--rows={rows}", f"--out={out}", *more]
+  bench.main(arguments)
+  return json.loads(out.read_text())
+
+
+def test_runs_in_parts_and_says_what_ran(tmp_path, capsys):
+  out = tmp_path / "bench.json"
+  rows = _run(out, "ar/1*,cycle/1*,op/*")
+  names = [row["row"] for row in rows]
+  assert names == [
+    *("rates/copy", "rates/read", "rates/product", "ar/1x48", "cycle/1x48"),
+    *("op/1x7@48/xla", "op/1x7@48/jax.nn"),
+  ]
+  for row in rows:
+    assert 0 < row["least_ms"] <= row["median_ms"] <= row["most_ms"]
+    assert row["repeats"] == 3
+    assert row["device"] == jax.devices()[0].device_kind
+    assert row["versions"]["jax"] == jax.__version__
+  by_name = {row["row"]: row for row in rows}
+  cycle = by_name["cycle/1x48"]
+  assert cycle["implementations"] == {
+    **{"target": "xla", "draft 1": "xla", "draft 2": "xla"}
+  }
+  assert len(cycle["bound"]) == 4
+  assert cycle["compile_seconds"] > 0
+  assert by_name["op/1x7@48/jax.nn"]["max_error"] < 0.03
+  assert "cycle over AR step, 1x48" in capsys.readouterr().out
+
+  # A later run adds rows, and measures none again unless told.
+  later = _run(out, "ar/1*,commit/*")
+  assert by_name["ar/1x48"] in later
+  assert [row["row"] for row in later][-1] == "commit/1x48"
+  assert len(later) == len(rows) + 1
+  again = _run(out, "ar/1*", "--again")
+  assert by_name["ar/1x48"] not in again
+  assert len(again) == len(later)
+
+
+def test_every_piece_of_the_first_cell_runs_with_int8_drafters(tmp_path):
+  out = tmp_path / "bench.json"
+  names = "draft_*,verify_18*,commit*"
+  rows = _run(out, names, "--drafter_weights=int8")
+  measured = [row for row in rows if not row["row"].startswith("rates")]
+  assert len(measured) == 4
+  assert not any("failed" in row for row in rows)
+  assert all(row["config"]["drafter_weights"] == "int8" for row in rows)
+
+
+def test_a_row_that_fails_says_why_and_is_tried_again(tmp_path, monkeypatch):
+  out = tmp_path / "bench.json"
+  flag = "--config.implementation=mosaic_gpu"
+  failed = _run(out, "ar/1*", flag)[-1]
+  assert failed["failed"].startswith("implementation='mosaic_gpu'")
+  assert "median_ms" not in failed
+  monkeypatch.setattr(bench._Bench, "row", lambda self, name: {"median_ms": 1})
+  monkeypatch.setattr(bench, "print_table", lambda results: None)
+  assert _run(out, "ar/1*", flag)[-1]["median_ms"] == 1
+
+
+def test_time_limit_leaves_rows_for_later(tmp_path, capsys):
+  out = tmp_path / "bench.json"
+  rows = _run(out, "*", "--minutes=0.00001")
+  assert [row["row"].split("/")[0] for row in rows] == ["rates"] * 3
+  assert "12 rows are left" in capsys.readouterr().err
+
+
+def test_a_silent_fallback_is_a_failure():
+  ran = timing.Timing(
+    times=(1.0,), steps=1, compile_seconds=1.0, custom_calls=("TopK",)
+  )
+  ran.check_ran({"target": "xla"})
+  with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
+    ran.check_ran({"target": "xla", "draft 1": "mosaic_gpu"})
+  kernel = dataclasses.replace(ran, custom_calls=("mosaic_gpu_v2",))
+  kernel.check_ran({"draft 1": "mosaic_gpu"})
+
+
+def test_steps_depend_on_each_other():
+  step = lambda models, carry, inputs: carry + models * inputs
+  seen = []
+
+  def record(models, carry, inputs):
+    jax.debug.callback(lambda x: seen.append(float(x)), carry)
+    return step(models, carry, inputs)
+
+  timed = timing.time_step(
+    *(record, jnp.float32(2), jnp.float32(0), jnp.float32(3)),
+    repeats=2,
+    seconds=0,
+  )
+  jax.effects_barrier()
+  # Two untimed calls, two timed ones, of a step each.
+  assert sorted(seen) == [0, 6, 12, 18]
+  assert timed.steps == 1
+  assert len(timed.times) == 2
+
+
+def test_floors_by_hand(config):
+  models = random_models(config)
+  target, c = models.target, config
+  matrices = 4 * (24 * 48 * 2 + 24 * 16 * 2 + 3 * 24 * 40) + 61 * 24
+  norms = 4 * (2 * 24 + 2 * 8) + 24
+  work = floors.target_work(models, 3, 7, 42)
+  assert work.bytes == 4 * (matrices + norms + 4 * 2 * 3 * 42 * 16)
+  assert work.flops == 3 * 7 * (2 * matrices + 4 * 4 * (42 + 7) * 48)
+  # 10 of the 21 milliseconds that both need overlap.
+  rates = floors.Rates(bytes=work.bytes * 100, flops=work.flops * 50)
+  assert work.milliseconds(rates) == pytest.approx(20)
+  assert work.bound(rates) == "flops"
+
+  drafter = 24 * 48 * 2 + 24 * 16 * 2 + 3 * 24 * 40 + 61 * 24
+  work = floors.draft_work(models, 1, 3, 2, 5, 42)
+  assert work.flops == 3 * 2 * 5 * (2 * drafter + 4 * (42 + 5) * 48)
+  int8 = floors.draft_work(models.with_int8_drafting(), 1, 3, 2, 5, 42)
+  scales = 48 + 2 * 16 + 24 + 2 * 40 + 24 + 61
+  assert work.bytes - int8.bytes == 3 * drafter - 4 * scales
+  assert int8.flops == work.flops
+  context = 24 * 24 + 24 * 16 * 2
+  work = floors.commit_work(models, 3, 5)
+  assert work == floors.Work(2 * 4 * context, 2 * 2 * 3 * 5 * context)
+  assert c.target.num_layers == len(target.layers)
+
+
+def test_data_is_random_and_a_step_leaves_the_length(config):
+  models = random_models(config)
+  state = random_state(models, config, 3, 48)
+  for cache in jax.tree.leaves((state.target_cache, state.drafter_caches)):
+    values = np.asarray(cache)
+    assert (values != 0).mean() > 0.99
+    assert abs(values.std() - 1) < 0.1
+  for weight in jax.tree.leaves(models.target):
+    assert (np.asarray(weight) != 0).mean() > 0.99
+  piece = pieces.pieces(config)["cycle/3x48"](models)
+  after = jax.jit(piece.step)(piece.models, piece.carry, piece.inputs)
+  assert after.lengths.tolist() == state.lengths.tolist()
+  assert not bool(after.finished.any())
+  assert not np.array_equal(after.anchors, state.anchors)
+  written = np.asarray(after.target_cache.keys[0] != state.target_cache.keys[0])
+  assert written.any(axis=(1, 3)).sum(axis=1).tolist() == [5, 5, 5]
+
+
+def test_a_random_tree_is_a_tree(config):
+  tree = random_tree(config, 2, 50)
+  parents, depths = np.asarray(tree.parents[0]), np.asarray(tree.depths[0])
+  assert parents[0] == -1
+  assert (parents[1:] < np.arange(1, 50)).all()
+  assert (depths[1:] == depths[parents[1:]] + 1).all()
+  assert np.count_nonzero(np.bincount(parents[1:]) > 1) > 0
+
+
+def test_mistakes_are_named(tmp_path):
+  with pytest.raises(UsageError, match="rows='nothing'"):
+    bench.main(["--config=bench_tiny", "--rows=nothing"])
+  for key, value in (("batches", "(0,)"), ("caches", "(5,)"), ("repeats", 0)):
+    with pytest.raises(UsageError, match=f"{key}="):
+      bench.main(["--config=bench_tiny", f"--config.{key}={value}"])
+  other = tmp_path / "other.json"
+  other.write_text('{"a": 1}')
+  with pytest.raises(UsageError, match=r"other\.json"):
+    bench.main(["--config=bench_tiny", f"--out={other}"])
+
+
+def test_the_shipped_grid_is_what_was_asked_for(capsys):
+  assert find_config("bench_qwen3_8b").is_file()
+  bench.main(["--list"])
+  names = capsys.readouterr().out.split()
+  first = {n.split("/")[0] for n in names if n.endswith("/1x1024")}
+  sizes = {f"verify_{n}" for n in (16, 32, 64, 80, 128, 256)}
+  assert first == {"ar", "draft_1", "draft_2", "commit", "cycle", *sizes}
+  for batch in (1, 4, 16):
+    for cache in (1024, 8192, 32768):
+      for piece in ("ar", "verify_80", "cycle"):
+        assert f"{piece}/{batch}x{cache}" in names
+  assert "op/1x80@8192/mosaic_gpu" in names
+  assert len(names) == 11 + 8 * 3 + 5 * 5
