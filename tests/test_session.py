@@ -198,12 +198,12 @@ def test_nothing_compiles_after_construction():
 def test_answers_name_the_attention_that_ran(monkeypatch):
   asked = []
 
-  def choose(query, keys):
+  def choose(query, keys, sinks):
     asked.append((query.shape, keys.shape[3]))
     return "chosen"
 
-  monkeypatch.setattr(session_module, "default_implementation", choose)
   session = make_session("d2sd")
+  monkeypatch.setattr(session_module, "default_implementation", choose)
   cache = tiny.target().init_cache(2, 64)
   assert session._implementation(cache) == "chosen"
   # Two rows, one group of all nodes (12, in whole tiles), the target's heads.
