@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
       "target": "smollm2-135m",
       "drafter": "smollm2-135m-dflash",
       "vp_drafter": "smollm2-135m-vp",
-      "mode": "auto",
+      "mode": "d2sd",
       # None is the block that the drafter was trained with.
       "block_size": 6 if on_cpu else None,
       "num_branches": 2 if on_cpu else 4,

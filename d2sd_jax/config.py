@@ -271,7 +271,7 @@ class DecodeConfig:
   target: str = "smollm2-135m"
   drafter: str = "smollm2-135m-dflash"
   vp_drafter: str = "smollm2-135m-vp"
-  mode: str = "auto"
+  mode: str = "d2sd"
   block_size: int | None = None
   num_branches: int = 4
   second_block_size: int | None = None

@@ -33,7 +33,7 @@ _CHAIN = Acceptance(
   counts=(0, 10, 6, 0, 0, 4),
 )
 _TREE = dataclasses.replace(
-  _CHAIN, mode="d2sd", num_branches=2, counts=(0, 4, 6, 2, 0, 8)
+  _CHAIN, mode="d2sd", num_branches=2, counts=(0, 2, 6, 2, 0, 10)
 )
 _LOOKUP = dataclasses.replace(
   _CHAIN, mode="prompt_lookup", counts=(0, 15, 0, 0, 0, 5), drafting=0.4
@@ -70,9 +70,10 @@ def test_a_cycle_by_hand():
   assert chosen.cycle == pytest.approx((11 + 1) / 10)
   assert chosen.speedup == pytest.approx(2.1 / 1.2)
   (*_, tree) = auto.candidates(_FLAT, [_TREE])
-  # 5 nodes of the trunk, 4 and 3 of the branches; two blocks of 5 re-drafted.
+  # 5 nodes of the trunk, 4 and 3 of the branches, in whole tiles; two blocks
+  # of 5 re-drafted.
   assert tree.tree == TreeConfig(block_size=5, num_branches=2)
-  assert tree.cycle == pytest.approx((12.75 + 1 + 2) / 10)
+  assert tree.cycle == pytest.approx((13.75 + 1 + 2) / 10)
   (*_, lookup) = auto.candidates(_FLAT, [_LOOKUP])
   assert lookup.cycle == pytest.approx((0.4 * 11 + 0.6 * 10) / 10)
 

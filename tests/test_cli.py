@@ -473,15 +473,12 @@ def tiny_target(tmp_path, monkeypatch):
     "--max_new_tokens=9",
     "--block_size=4",
     "--dtype=float32",
-    "--mode=d2sd",
   ]
 
 
-def test_auto_is_the_default_and_says_what_it_took(
-  tiny_target, tmp_path, capsys
-):
+def test_auto_says_what_it_took(tiny_target, tmp_path, capsys):
   output = tmp_path / "out.json"
-  arguments = [*tiny_target[:-1], "--prompt=owl", f"--json={output}"]
+  arguments = [*tiny_target, "--prompt=owl", f"--json={output}", "--mode=auto"]
   assert cli.run(decode.main, arguments) == 0
   out, err = capsys.readouterr()
   (record,) = json.loads(output.read_text())

@@ -18,7 +18,7 @@ from d2sd_jax.decoding.acceptance import (
 from d2sd_jax.decoding.costs import CostTable, cost_table
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Request, bucket
+from d2sd_jax.decoding.session import Request
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import LlamaTarget
 
@@ -26,7 +26,9 @@ from d2sd_jax.models.target import LlamaTarget
 MARGIN = 1.1
 # Modes whose cost is known from the table.
 MODES = ("prompt_lookup", "dflash", "reuse", "d2sd")
-_LEAST_CAPACITY = 512
+# Of the caches a cost is measured with, whatever is decoded: longer ones cost
+# all policies more, and every capacity would be measured anew.
+_CAPACITY = 512
 BLOCK_SIZES = (2, 3, 4, 5, 6, 8, 12, 16)
 
 
@@ -91,11 +93,10 @@ def resolve(
     reason = f"no {ACCEPTANCE_FILE} beside drafter 1"
     return _with_choice(plan, _AR, f"auto: ar, {reason}")
   config = plan.config
-  longest = max(len(r.tokens) for r in requests)
   costs = cost_table(
     plan.models("d2sd", target, drafters),
     min(config.batch_size, len(requests)),
-    max(_LEAST_CAPACITY, bucket(longest + config.max_new_tokens)),
+    _CAPACITY,
     lambda name: _tell(f"measuring this device, once: {name}"),
   )
   choice = choose(costs, found, config.temperature)
