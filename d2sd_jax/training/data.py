@@ -135,7 +135,7 @@ class Batches:
     """The batch of the update from `step` to `step + 1`, in NumPy."""
     first = step * self.batch_size
     read = [self.records[first + row] for row in self.rows]
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in read[0].items():
       shape = (self.batch_size, *value.shape)
       fields[name] = np.zeros(shape, value.dtype)
@@ -186,6 +186,7 @@ def eval_batches(records: Records, batch_size: int) -> Iterator[Conversations]:
     rows = list(records[start : start + batch_size])
     empty = {**rows[0], "lengths": rows[0]["prompt_lengths"]}
     rows += [empty] * (batch_size - len(rows))
+    fields: dict[str, Any]
     fields = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     yield Conversations(**fields)
 
