@@ -62,7 +62,6 @@ def main():
     leaves = jax.tree.leaves((state.params, target))
     split = [x.shape for x in leaves if not x.sharding.is_fully_replicated]
     weights = [x.shape for x in jax.tree.leaves(state.params)]
-    weights += [shape[::-1] for shape in weights]
     train = train_step.lower(
       graphdef, state, target, batch, config=config, mesh=mesh
     )
