@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--distributed",
     action="store_true",
-    help="several processes, found out from Slurm, GKE or Cloud TPU",
+    help="several processes, as Slurm, GKE or Cloud TPU tell",
   )
   parser.add_argument(
     "--coordinator_address", help="HOST:PORT of process 0, if told by flags"

@@ -266,6 +266,28 @@ def test_flags_of_a_process_are_checked(flags, told):
     distributed.start(parser.parse(flags)[0])
 
 
+def test_processes_that_are_not_told_of_are_a_mistake(monkeypatch):
+  options = []
+
+  def initialize(**given):
+    options.append(given)
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  parser = cli.FlagParser("x.py", "", "")
+  distributed.add_flags(parser)
+  start = lambda *flags: distributed.start(parser.parse(flags)[0])
+  start()
+  assert options == []
+  with pytest.raises(UsageError, match="distributed=True: expected Slurm"):
+    start("--distributed")
+  told = ("--coordinator_address=h:1", "--num_processes=2", "--process_id=1")
+  with pytest.raises(UsageError, match="coordinator_address='h:1': expected"):
+    start(*told)
+  assert options[1]["process_id"] == 1
+  assert options[1]["heartbeat_timeout_seconds"] <= 60
+
+
 def test_no_activations_travel():
   """Weights are gathered once each, and gradients summed; nothing else."""
   process = _process([str(_HERE / "mesh_program.py")], devices=8)
