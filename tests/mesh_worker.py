@@ -4,13 +4,15 @@
 
 Of each checkpoint the weights are also written at full precision, to
 `weights.npz` in the work directory. `WORKER_FLOAT64=1` makes every float32 of
-the program a float64; `WORKER_DIES_AT=n` kills the process before update n.
+the program a float64; `WORKER_DIES_AT=n` kills the process after n updates,
+when the folder `WORKER_DIES_AFTER` is there.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 
 import jax
 
@@ -41,8 +43,10 @@ def save_drafter(drafter, folder, inner=train.save_drafter):
 
 
 def read_batch(batches, step, inner=Batches.__getitem__):
-  # After the first batch, which the step is compiled for.
   if step == int(os.environ.get("WORKER_DIES_AT", -1)):
+    # Checkpoints are written in the background.
+    while not os.path.isdir(os.environ["WORKER_DIES_AFTER"]):
+      time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
   return inner(batches, step)
 
