@@ -9,11 +9,17 @@ The work directory holds checkpoints of the whole state, `metrics.jsonl`, and
 under `export/` the drafter as of the last checkpoint. Started again with the
 same flags and data, a run that was stopped goes on exactly where that stood.
 Ctrl-C stops it after the step under way, a second one at once.
+
+`--config.mesh=data:8` trains on eight devices, and `docs/multihost.md` says how
+on several hosts; the result does not depend on either.
 """
 
 import contextlib
 import dataclasses
+import functools
+import io
 import json
+import math
 import os
 import signal
 import time
@@ -28,9 +34,10 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 
-from d2sd_jax import cli
+from d2sd_jax import cli, distributed
 from d2sd_jax.config import (
   DrafterConfig,
   TargetConfig,
@@ -48,7 +55,21 @@ from d2sd_jax.io.models import (
 from d2sd_jax.io.paths import atomic_write, find_checkpoint, user_path
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.progress import progress_bar
-from d2sd_jax.training.checkpoint import Checkpointer, check_workdir
+from d2sd_jax.sharding import (
+  batch_shards,
+  gather,
+  local_rows,
+  make_mesh,
+  replicate,
+  shard_batch,
+  shard_weights,
+)
+from d2sd_jax.training.checkpoint import (
+  DATA_FIELDS,
+  Checkpointer,
+  check_workdir,
+  plain_config,
+)
 from d2sd_jax.training.data import (
   eval_batches,
   make_dataset,
@@ -62,7 +83,7 @@ from d2sd_jax.training.step import (
   train_step,
 )
 
-# Rows evaluated by one call; each row is all anchors of one sequence.
+# Least rows evaluated by one call; each row is all anchors of one sequence.
 EVAL_BATCH = 16
 
 
@@ -101,11 +122,14 @@ def init_drafter(config: TrainConfig, target: TargetConfig) -> Drafter:
   return drafter
 
 
-def evaluate(graphdef, params, target, records, config: TrainConfig) -> dict:
+def evaluate(
+  graphdef, params, target, records, config: TrainConfig, mesh: Mesh
+) -> dict:
   """α simulated over all anchors, and accuracy by slot, on held-out data."""
-  sums = None
-  for batch in eval_batches(records, EVAL_BATCH):
-    part = eval_step(graphdef, params, target, batch, config=config)
+  sums, shards = None, batch_shards(mesh.shape)
+  for batch in eval_batches(records, math.ceil(EVAL_BATCH / shards) * shards):
+    batch = shard_batch(mesh, batch)
+    part = eval_step(graphdef, params, target, batch, config=config, mesh=mesh)
     sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
   sums = jax.device_get(sums)
   by_slot = sums["correct"] / sums["supervised"].clip(1)
@@ -119,6 +143,7 @@ def check(config: TrainConfig, workdir: Path) -> None:
   """What can be known to be wrong before anything is fetched or loaded."""
   target = read_target_config(config.target)
   drafter_config(config, target)
+  make_mesh(config.mesh)
   check_workdir(workdir, config)
   fits = config.max_length <= target.max_length
   expected = f"at most the target's {target.max_length}"
@@ -146,10 +171,21 @@ def check_same_shape(
       require(found == wanted, f"init_from {field.name}", found, f"{wanted}")
 
 
+def facts(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+  """What all processes of a run must share; data may lie anywhere."""
+  told = plain_config(config) | {"workdir": str(workdir)}
+  return {k: v for k, v in told.items() if k not in DATA_FIELDS}
+
+
 def train(config: TrainConfig, workdir: Path) -> None:
   """The run, from data to export."""
-  console = Console(stderr=True)
-  check(config, workdir)
+  main = distributed.is_main()
+  console = Console(stderr=True, quiet=not main)
+  distributed.agree(
+    functools.partial(check, config, workdir),
+    functools.partial(facts, config, workdir),
+  )
+  mesh = make_mesh(config.mesh)
 
   tokenizer = load_tokenizer(config.target)
   tokenizer.check_mask_token(config.mask_token_id)
@@ -162,12 +198,15 @@ def train(config: TrainConfig, workdir: Path) -> None:
   )
   records, heldout = read("corpus"), read("heldout")
   heldout = heldout[: config.eval_sequences]
-  dataset = make_dataset(records, config.batch_size, config.seed)
+  rows = local_rows(mesh, config.batch_size)
+  dataset = make_dataset(records, config.batch_size, config.seed, rows)
 
-  target = load_target(config.target, config.dtype)
+  place_target = shard_weights if config.shard_target else replicate
+  target = place_target(mesh, load_target(config.target, config.dtype))
   drafter = init_drafter(config, target.config)
   shape = drafter.config
   graphdef, state = init_train_state(drafter, config)
+  state = shard_weights(mesh, state)
   checkpointer = Checkpointer(workdir, config)
   state = checkpointer.restore(state)
   first = int(state.step)
@@ -175,25 +214,29 @@ def train(config: TrainConfig, workdir: Path) -> None:
   flops = step_flops(config, target.config, shape)
   console.print(
     f"{config.role}: step {first} of {config.num_steps}, {len(records)} "
-    f"conversations; compiling for {jax.devices()[0].device_kind}"
+    f"conversations; compiling for {mesh.size} x {jax.devices()[0].device_kind}"
   )
+  batch = lambda step: shard_batch(mesh, dataset[step])
   update = train_step.lower(
-    graphdef, state, target, dataset[first], config=config
+    graphdef, state, target, batch(first), config=config, mesh=mesh
   ).compile()
 
-  progress = progress_bar(console=console)
+  progress = progress_bar(console=console, hidden=not main)
   task = progress.add_task("training", total=config.num_steps, completed=first)
-  log_file = open_metrics(workdir / "metrics.jsonl", first)
+  log_file: TextIO = (
+    open_metrics(workdir / "metrics.jsonl", first) if main else io.StringIO()
+  )
   # Leaving early, after Ctrl-C say, waits for a checkpoint being written.
   with (
     contextlib.closing(checkpointer),
     cli.patient_interrupt() as stop_if_interrupted,
     progress,
     log_file as log,
+    distributed.losing_one_ends_all(),
   ):
     clock, since = time.perf_counter(), first
     for step in range(first + 1, config.num_steps + 1):
-      state, metrics = update(state, target, dataset[step - 1])
+      state, metrics = update(state, target, batch(step - 1))
       last = step == config.num_steps
       line: dict[str, Any] = {}
       if step % config.log_every == 0 or last:
@@ -204,7 +247,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
         label = f"loss {line['loss']:.3f}"
         progress.update(task, completed=step, description=label)
       if step % config.eval_every == 0 or last:
-        line |= evaluate(graphdef, state.params, target, heldout, config)
+        line |= evaluate(graphdef, state.params, target, heldout, config, mesh)
         clock, since = time.perf_counter(), step
         alpha = line["heldout_alpha"]
         console.print(f"step {step}: held-out α {alpha:.3f}")
@@ -213,11 +256,18 @@ def train(config: TrainConfig, workdir: Path) -> None:
         log.flush()
       if step % config.checkpoint_every == 0 or last:
         checkpointer.save(state)
-        trained = nnx.merge(graphdef, state.params)
+        trained = nnx.merge(graphdef, whole(mesh, state.params))
         trained.config = shape
-        save_drafter(trained, workdir / "export")
+        if main:
+          save_drafter(trained, workdir / "export")
       stop_if_interrupted()
   console.print(f"drafter written to {workdir / 'export'}")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole(mesh: Mesh, params: Any) -> Any:
+  """Weights whole on every device, to be written by one process."""
+  return gather(mesh, params)
 
 
 def speed(seconds: float, flops: float) -> dict[str, float]:
@@ -264,6 +314,8 @@ EXAMPLES = """\
   python train.py --config=configs/smollm2_vp.py --workdir=runs/vp
   python train.py --config=configs/smollm2_dflash.py --workdir=runs/try \\
       --config.num_steps=100 --config.batch_size=8
+  python train.py --config=configs/smollm2_dflash.py --workdir=runs/mesh \\
+      --config.mesh=data:4,fsdp:2
 """
 
 
@@ -274,7 +326,9 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument("--config", required=True, help="a file in configs/")
   parser.add_argument("--workdir", required=True, help="checkpoints, metrics")
+  distributed.add_flags(parser)
   flags, overrides = parser.parse(arguments)
+  distributed.start(flags)
   config = cli.load_config(TrainConfig, flags.config, overrides)
   cli.setup_jax_cache()
   train(config, user_path(flags.workdir))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.models.rope import RopeScaling
+from d2sd_jax.sharding import batch_shards, parse_mesh
 
 MODES = (
   *("ar", "prompt_lookup", "dflash", "dflash_samples"),
@@ -333,6 +334,11 @@ class TrainConfig:
       1 as in its released code.
     loss_normalizer: `batch`, one ratio over the global batch, or `example`,
       the mean of one ratio per sequence.
+    mesh: devices by axis, such as `data:4,fsdp:2`; `None` is one device. The
+      batch is split over both axes, the drafter's weights and the optimizer's
+      state over `fsdp` alone (see `sharding`).
+    shard_target: the frozen target is split over `fsdp` too, not whole on
+      every device.
   """
 
   target: str = "smollm2-135m"
@@ -359,6 +365,8 @@ class TrainConfig:
   min_prefix_length: int = 0
   loss_normalizer: str = "batch"
   dtype: str = "bfloat16"
+  mesh: str | None = None
+  shard_target: bool = False
   seed: int = 0
   log_every: int = 20
   eval_every: int = 500
@@ -415,6 +423,13 @@ class TrainConfig:
       ("seed", 0 <= self.seed < 2**32, "0 to 2^32-1"),
     ):
       require(ok, field, getattr(self, field), expected)
+    shards = batch_shards(parse_mesh(self.mesh))
+    require(
+      self.batch_size % shards == 0,
+      "batch_size",
+      self.batch_size,
+      f"a multiple of {shards}, the parts that mesh={self.mesh!r} makes",
+    )
 
 
 def from_mapping(cls: type[_T], values: Mapping[str, Any]) -> _T:

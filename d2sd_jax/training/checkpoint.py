@@ -9,6 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from d2sd_jax.config import TrainConfig
+from d2sd_jax.distributed import is_main
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.paths import atomic_write, check_writable, user_path
 from d2sd_jax.training.step import TrainState
@@ -18,12 +19,17 @@ DATA_FIELDS = ("corpus", "heldout")
 # Fields that may change between a run and its continuation.
 FREE_FIELDS = (
   *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
+  *("mesh", "shard_target"),
   *DATA_FIELDS,
 )
 
 
 class Checkpointer:
-  """Saves and restores the state of one run in its work directory."""
+  """Saves and restores the state of one run in its work directory.
+
+  Every process writes its own part of a state that is split over devices, all
+  into one directory that they share. It is restored onto any mesh.
+  """
 
   def __init__(self, workdir: str | Path, config: TrainConfig):
     """Opens `workdir`, or refuses one that holds another run.
@@ -34,9 +40,10 @@ class Checkpointer:
     """
     self.workdir = user_path(workdir).resolve()
     check_workdir(self.workdir, config)
-    with atomic_write(self.workdir / "config.json") as temporary:
-      text = json.dumps(_plain(config), indent=2, sort_keys=True)
-      temporary.write_text(text + "\n", encoding="utf-8")
+    if is_main():
+      with atomic_write(self.workdir / "config.json") as temporary:
+        text = json.dumps(plain_config(config), indent=2, sort_keys=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
     self.manager = ocp.CheckpointManager(
       self.workdir / "checkpoints",
       options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
@@ -49,7 +56,7 @@ class Checkpointer:
       self.manager.save(step, args=ocp.args.StandardSave(_as_dict(state)))
 
   def restore(self, state: TrainState) -> TrainState:
-    """The newest whole checkpoint, or `state` where there is none.
+    """The newest whole checkpoint, placed as `state` is, or else `state`.
 
     Raises:
       UsageError: the newest checkpoint is damaged.
@@ -88,7 +95,7 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
     theirs = dict(json.loads(path.read_text(encoding="utf-8")))
   except (ValueError, TypeError) as error:
     raise UsageError(f"{path}: expected the config of a run") from error
-  mine = _plain(config)
+  mine = plain_config(config)
   for key in sorted(mine.keys() | theirs.keys()):
     if key not in FREE_FIELDS and mine.get(key) != theirs.get(key):
       raise UsageError(
@@ -97,7 +104,7 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
       )
 
 
-def _plain(config: TrainConfig) -> dict:
+def plain_config(config: TrainConfig) -> dict:
   """The config as JSON gives it back, and the sha256 of the data."""
   digests = {f"{k}_sha256": _sha256(getattr(config, k)) for k in DATA_FIELDS}
   return json.loads(json.dumps(dataclasses.asdict(config))) | digests

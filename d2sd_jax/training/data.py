@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
 from d2sd_jax.errors import UsageError, require
@@ -114,10 +113,52 @@ def read_conversations(
   )
 
 
-def make_dataset(records: Records, batch_size: int, seed: int) -> Any:
-  """An endless dataset of batches: `dataset[step]` is a pure function.
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """Endless batches: `batches[step]` is a pure function.
 
-  That is what makes resuming exact: the position in the data is the step.
+  That is what makes resuming exact: the position in the data is the step. A
+  batch holds the same records in the same rows however many processes there
+  are; each reads the rows of its own devices, and leaves the others zero.
+
+  Attributes:
+    records: endless, shuffled anew each epoch.
+    batch_size: B.
+    rows: those of a batch that are read.
+  """
+
+  records: Any
+  batch_size: int
+  rows: tuple[int, ...]
+
+  def __getitem__(self, step: int) -> Conversations:
+    """The batch of the update from `step` to `step + 1`, in NumPy."""
+    first = step * self.batch_size
+    read = [self.records[first + row] for row in self.rows]
+    fields: dict[str, Any] = {}
+    for name, value in read[0].items():
+      shape = (self.batch_size, *value.shape)
+      fields[name] = np.zeros(shape, value.dtype)
+      fields[name][list(self.rows)] = [record[name] for record in read]
+    return Conversations(**fields)
+
+
+def make_dataset(
+  records: Records,
+  batch_size: int,
+  seed: int,
+  rows: Sequence[int] | None = None,
+) -> Batches:
+  """Batches of shuffled records.
+
+  Args:
+    records: what an epoch holds, each exactly once.
+    batch_size: B, of all processes together.
+    seed: of the order.
+    rows: rows of each batch to be read; `None` is all.
+
+  Raises:
+    UsageError: there is not one batch, or grain is not installed.
   """
   require(
     len(records) >= batch_size,
@@ -132,8 +173,11 @@ def make_dataset(records: Records, batch_size: int, seed: int) -> Any:
       "grain: not installed, expected the extra: pip install 'd2sd-jax[train]'"
     ) from error
   source = grain.MapDataset.source(records)
-  batched = source.shuffle(seed=seed).repeat().batch(batch_size)
-  return batched.map(lambda batch: Conversations(**batch))
+  return Batches(
+    source.shuffle(seed=seed).repeat(),
+    batch_size,
+    tuple(range(batch_size) if rows is None else rows),
+  )
 
 
 def eval_batches(records: Records, batch_size: int) -> Iterator[Conversations]:
@@ -142,7 +186,8 @@ def eval_batches(records: Records, batch_size: int) -> Iterator[Conversations]:
     rows = list(records[start : start + batch_size])
     empty = {**rows[0], "lengths": rows[0]["prompt_lengths"]}
     rows += [empty] * (batch_size - len(rows))
-    fields = {k: jnp.stack([r[k] for r in rows]) for k in rows[0]}
+    fields: dict[str, Any]
+    fields = {k: np.stack([r[k] for r in rows]) for k in rows[0]}
     yield Conversations(**fields)
 
 

@@ -27,6 +27,7 @@ def token_losses(
   head: Callable[[Float[Array, "rows D"]], Float[Array, "rows V"]],
   hidden: Float[Array, "*n D"],
   labels: Int[Array, "*n"],
+  shards: int = 1,
 ) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
   """Cross-entropy of a frozen head's logits, which never exist all at once.
 
@@ -38,25 +39,30 @@ def token_losses(
     head: float32 logits of rows, each on its own; gets no gradient itself.
     hidden: what the head reads.
     labels: the right token of each row.
+    shards: equal parts that the rows are split into over devices; each device
+      then goes through its own, `MAX_ROWS` at a time.
 
   Returns:
     float32 losses, differentiable in `hidden`, and whether the label is the
     argmax (or equal to it).
   """
-  rows = math.prod(labels.shape)
+  rows = math.prod(labels.shape) // shards
   count = math.ceil(rows / MAX_ROWS)
   size = math.ceil(rows / count)
-  flat_hidden = jax.lax.stop_gradient(hidden).reshape(rows, -1)
+  flat_hidden = jax.lax.stop_gradient(hidden).reshape(shards, rows, -1)
+  unused = (0, count * size - rows)
   cut = lambda x: rearrange(
-    jnp.pad(x, ((0, count * size - rows), *[(0, 0)] * (x.ndim - 1))),
-    "(count size) ... -> count size ...",
+    jnp.pad(x, ((0, 0), unused, *[(0, 0)] * (x.ndim - 2))),
+    "shards (count size) ... -> count (shards size) ...",
     count=count,
   )
   parts = jax.lax.map(
     lambda part: _rows_loss(head, *part),
-    (cut(flat_hidden), cut(labels.reshape(rows))),
+    (cut(flat_hidden), cut(labels.reshape(shards, rows))),
   )
-  whole = lambda x: rearrange(x, "count size ... -> (count size) ...")[:rows]
+  whole = lambda x: rearrange(
+    x, "count (shards size) ... -> shards (count size) ...", shards=shards
+  )[:, :rows]
   loss, correct, slope = jax.tree.map(whole, parts)
   # Worth zero, with the slope as its gradient.
   delta = hidden - jax.lax.stop_gradient(hidden)

@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from flax import nnx
+from jax.sharding import Mesh
 
 from d2sd_jax.config import TrainConfig
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.models.target import Target
+from d2sd_jax.sharding import batch_shards, constrain_weights, gather
 from d2sd_jax.training.blocks import (
   Blocks,
   Conversations,
@@ -113,7 +116,9 @@ def block_hidden(
 
 
 @functools.partial(
-  jax.jit, static_argnames=("graphdef", "config"), donate_argnames="state"
+  jax.jit,
+  static_argnames=("graphdef", "config", "mesh"),
+  donate_argnames="state",
 )
 def train_step(
   graphdef: nnx.GraphDef,
@@ -122,11 +127,13 @@ def train_step(
   batch: Conversations,
   *,
   config: TrainConfig,
+  mesh: Mesh | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
   """One update.
 
   Anchors and prefixes are drawn from (seed, step) alone, so a run that was
-  killed draws the same again.
+  killed draws the same again, on whatever mesh. Sums and means are those of
+  the whole batch.
 
   Args:
     graphdef: of the drafter.
@@ -134,6 +141,7 @@ def train_step(
     target: frozen; its dtype is the dtype of all computation.
     batch: sequences.
     config: the run.
+    mesh: where the arguments lie; see `sharding`. `None` is one device.
 
   Returns:
     The new state, and `loss`, `grad_norm` and `accuracy` by slot.
@@ -143,13 +151,15 @@ def train_step(
   anchors, valid = sample_anchors(anchor_key, batch, config.num_anchors)
   lengths = draw_prefixes(prefix_key, anchors.shape, config)
   blocks = cut(batch, anchors, valid, lengths, config)
+  target = gather(mesh, target)
+  shards = num_shards(mesh)
 
   def loss_fn(params):
     compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    drafter = nnx.merge(graphdef, compute)
+    drafter = nnx.merge(graphdef, gather(mesh, compute))
     hidden = block_hidden(drafter, target, batch, blocks)
     labels = blocks.labels[:, :, 1:]
-    losses, correct = token_losses(target.head, hidden, labels)
+    losses, correct = token_losses(target.head, hidden, labels, shards)
     weights = block_weights(blocks, losses, config)
     return block_loss(losses, weights, config.loss_normalizer), correct
 
@@ -165,14 +175,15 @@ def train_step(
     opt_state=opt_state,
     step=state.step + 1,
   )
-  return new_state, {
+  metrics = {
     "loss": loss,
     "grad_norm": optax.tree.norm(grads),
     "accuracy": hits / jnp.maximum(counts, 1),
   }
+  return constrain_weights(mesh, new_state), gather(mesh, metrics)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "config"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "config", "mesh"))
 def eval_step(
   graphdef: nnx.GraphDef,
   params: Any,
@@ -180,27 +191,38 @@ def eval_step(
   batch: Conversations,
   *,
   config: TrainConfig,
+  mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-  """Sums over *all* anchors of held-out sequences, one row at a time.
+  """Sums over *all* anchors of held-out sequences, a row a device at a time.
+
+  Args:
+    graphdef: of the drafter.
+    params: its leaves.
+    target: frozen.
+    batch: sequences.
+    config: the run.
+    mesh: as for `train_step`.
 
   Returns:
     Sums that add up over batches: `anchors`, `accepted` (masked slots right
     before the first wrong one), and per slot 1..γ-1 `correct` and `supervised`.
   """
   compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
-  drafter = nnx.merge(graphdef, compute)
-  size = batch.tokens.shape[1]
+  drafter = nnx.merge(graphdef, gather(mesh, compute))
+  target = gather(mesh, target)
+  shards, size = num_shards(mesh), batch.tokens.shape[1]
 
-  def one(row):
-    row = jax.tree.map(lambda x: x[None], row)
+  def some(rows):
     anchors = jnp.arange(size, dtype=jnp.int32)[None]
-    # The same prefixes in every evaluation, so that curves are comparable.
+    # The same prefixes in every row and evaluation, so that curves are
+    # comparable.
     lengths = draw_prefixes(jax.random.key(0), anchors.shape, config)
-    valid = is_anchor(row)
-    blocks = cut(row, anchors, valid, lengths, config)
-    hidden = block_hidden(drafter, target, row, blocks)
+    everywhere = lambda x: jnp.broadcast_to(x, (shards, size))
+    anchors, lengths = everywhere(anchors), everywhere(lengths)
+    blocks = cut(rows, anchors, is_anchor(rows), lengths, config)
+    hidden = block_hidden(drafter, target, rows, blocks)
     labels = blocks.labels[:, :, 1:]
-    _, correct = token_losses(target.head, hidden, labels)
+    _, correct = token_losses(target.head, hidden, labels, shards)
     supervised = blocks.supervised[:, :, 1:]
     # An anchor whose visible prefix reaches the end has nothing to draft.
     counted = supervised.any(-1)
@@ -211,7 +233,16 @@ def eval_step(
       "supervised": supervised.sum((0, 1)),
     }
 
-  return jax.tree.map(lambda x: x.sum(0), jax.lax.map(one, batch))
+  in_turn = lambda x: rearrange(
+    x, "(shards n) ... -> n shards ...", shards=shards
+  )
+  sums = jax.lax.map(some, jax.tree.map(in_turn, batch))
+  return gather(mesh, jax.tree.map(lambda x: x.sum(0), sums))
+
+
+def num_shards(mesh: Mesh | None) -> int:
+  """Devices that each have rows of their own."""
+  return 1 if mesh is None else batch_shards(mesh.shape)
 
 
 def block_weights(

@@ -1,0 +1,171 @@
+"""Several processes of one run: how they start, agree, and end together."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from d2sd_jax import cli
+from d2sd_jax.errors import UsageError, require
+
+# A process that has not been heard of for so long is given up by the others.
+HEARTBEAT_SECONDS = 30
+# Exit status of a process that lost another one.
+LOST = 3
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags `start` reads."""
+  parser.add_argument(
+    "--distributed",
+    action="store_true",
+    help="several processes, as Slurm, GKE or Cloud TPU tell",
+  )
+  parser.add_argument(
+    "--coordinator_address", help="HOST:PORT of process 0, if told by flags"
+  )
+  for flag, told in (
+    ("num_processes", "how many processes"),
+    ("process_id", "which one this is, from 0"),
+  ):
+    parser.add_argument(f"--{flag}", type=cli.whole_number, help=told)
+
+
+def start(flags: argparse.Namespace) -> None:
+  """Joins the other processes; does nothing for a run of one.
+
+  Must come before anything asks JAX for devices.
+
+  Raises:
+    UsageError: the flags are not all there or do not fit, the environment
+      tells nothing, or the others were not found in time.
+  """
+  told = {
+    name: getattr(flags, name)
+    for name in ("coordinator_address", "num_processes", "process_id")
+  }
+  given = [value is not None for value in told.values()]
+  if not any(given):
+    if not flags.distributed:
+      return
+  else:
+    _check(told, all(given))
+  try:
+    jax.distributed.initialize(
+      **told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    )
+  except (ValueError, RuntimeError) as error:
+    if any(given):
+      address = told["coordinator_address"]
+      what = f"coordinator_address={address!r}: expected all processes there"
+    else:
+      what = "distributed=True: expected Slurm, GKE or Cloud TPU"
+    raise UsageError(f"{what} ({cli.one_line(error)[:200]})") from error
+
+
+def _check(told: Mapping[str, Any], complete: bool) -> None:
+  """Raises `UsageError` unless the three flags fit each other."""
+  address, count, number = told.values()
+  require(
+    complete,
+    "coordinator_address",
+    address,
+    "num_processes and process_id beside it",
+  )
+  _, colon, port = address.rpartition(":")
+  fits = bool(colon) and port.isdecimal() and 0 < int(port) < 2**16
+  require(fits, "coordinator_address", address, "HOST:PORT")
+  require(count >= 1, "num_processes", count, "1 or more")
+  require(0 <= number < count, "process_id", number, f"0 to {count - 1}")
+
+
+def is_main() -> bool:
+  """Whether this process is the one that logs, prints and writes."""
+  return jax.process_index() == 0
+
+
+def agree(
+  check: Callable[[], None], facts: Callable[[], Mapping[str, Any]]
+) -> None:
+  """Runs a check in all processes, and compares what they are about to do.
+
+  Args:
+    check: raises `UsageError`.
+    facts: JSON values by name that must be the same in all processes; asked
+      for only if there are several.
+
+  Raises:
+    UsageError: in every process, if one made a mistake or facts differ.
+  """
+  if jax.process_count() == 1:
+    check()
+    return
+  mistake: Exception | None = None
+  mine: dict[str, Any] = {}
+  try:
+    check()
+    mine = {"facts": dict(facts())}
+  except (UsageError, OSError) as error:
+    mistake, mine = error, {"mistake": cli.one_line(error)}
+  told = _difference(_exchange(mine))
+  if mistake is not None or told:
+    # Or the first to leave would look to the others like one that died.
+    jax.distributed.shutdown()
+    raise mistake or UsageError(told)
+
+
+def _difference(everyone: list[dict[str, Any]]) -> str:
+  """What is wrong with the first process that is not like process 0."""
+  for number, theirs in enumerate(everyone):
+    if "mistake" in theirs:
+      return f"process {number}: {theirs['mistake']}"
+  first = everyone[0]["facts"]
+  for number, theirs in enumerate(everyone):
+    for key in sorted(first.keys() | theirs["facts"].keys()):
+      found, expected = theirs["facts"].get(key), first.get(key)
+      if found != expected:
+        return (
+          f"process {number} has {key}={found!r}: expected {expected!r} as in"
+          " process 0"
+        )
+  return ""
+
+
+def _exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
+  """What every process has to say, in their order."""
+  text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+  sizes = np.asarray(multihost_utils.process_allgather(np.int32(text.size)))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: text.size] = text
+  texts = np.asarray(multihost_utils.process_allgather(padded))
+  rows = zip(texts, sizes, strict=True)
+  return [json.loads(row[:size].tobytes()) for row, size in rows]
+
+
+@contextlib.contextmanager
+def losing_one_ends_all() -> Iterator[None]:
+  """Within the block, a process that lost another says so and ends at once.
+
+  Nothing is waited for: a checkpoint under way can no longer become whole,
+  and one that is not whole does not count.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    print(
+      f"error: process {jax.process_index()} lost another one; start all"
+      " again to go on from the last checkpoint"
+      f" ({cli.one_line(error)[:200]})",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(LOST)
