@@ -232,6 +232,13 @@ def test_block_size_is_read_from_either_place(folder):
     read_drafter_config(folder)
 
 
+def test_mask_and_taps_are_read_from_either_place(folder):
+  gone = {"mask_token_id": ..., "target_layer_ids": ...}
+  _edit(folder, mask_token_id=31, target_layer_ids=[1, 2], dflash_config=gone)
+  config = read_drafter_config(folder)
+  assert (config.mask_token_id, config.target_layer_ids) == (31, (1, 2))
+
+
 def test_unknown_keys_are_ignored(folder):
   _edit(folder, use_cache=True, dflash_config={"comment": "hello"})
   assert read_drafter_config(folder) == tiny.VP
@@ -513,6 +520,19 @@ _BAD = {
     _set(rope_theta="1e6", rope_parameters=...),
     "rope_theta=['1e6']",
   ),
+  "scaled embeddings": (
+    _dflash(input_embedding_scale=2.0),
+    "input_embedding_scale=2.0: expected 1",
+  ),
+  "scaled logits": (_set(output_multiplier=0.5), "output_multiplier=0.5"),
+  "capped logits": (
+    _dflash(final_logit_softcapping=30.0),
+    "final_logit_softcapping=30.0",
+  ),
+  "causal layers": (_set(is_causal=True), "is_causal=True"),
+  "convolutions": (_dflash(conv_kernel_size=3), "conv_kernel_size=3"),
+  "a selector": (_dflash(selector_rank=8), "selector_rank=8"),
+  "two mask ids": (_set(mask_token_id=5), "mask_token_id=[5, 23]"),
   "two block sizes": (_set(block_size=6), "block_size=[6, 5]"),
   "block size of another kind": (
     _set(block_size=[5], dflash_config={"block_size": ...}),

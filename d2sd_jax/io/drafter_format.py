@@ -35,7 +35,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   "attention_bias": (False, None),
   "attention_dropout": (0, None),
   "causal": (False, None),
-  "final_logit_softcapping": (None,),
+  "conv_group_size": (None,),
+  "conv_kernel_size": (None,),
+  "final_logit_softcapping": (None, 0),
   "hidden_act": ("silu", None),
   "input_embedding_scale": (1, None),
   "is_causal": (False, None),
@@ -44,8 +46,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
   "output_multiplier": (1, None),
   "partial_rotary_factor": (1, None),
   "projector_type": (None, "linear"),
-  "selector_rank": (0, None),
-  "selector_top_k": (0, None),
+  "selector_rank": (None, 0),
+  "selector_top_k": (None, 0),
   "sliding_window": (None,),
   "use_sliding_window": (False, None),
   "use_swa": (False, None),
@@ -191,9 +193,12 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
   dflash = raw.get("dflash_config", {})
   for settings in (raw, dflash):
     _refuse_unsupported(settings)
-  sizes = [s["block_size"] for s in (raw, dflash) if "block_size" in s]
-  alike = all(size == sizes[0] for size in sizes)
-  require(alike, "block_size", sizes, "the same value in both places")
+  # Loaders look for these in either place.
+  for key in ("block_size", "mask_token_id", "target_layer_ids"):
+    values = [s[key] for s in (raw, dflash) if key in s]
+    alike = all(value == values[0] for value in values)
+    require(alike, key, values, "the same value in both places")
+  own = {**raw, **dflash}
 
   def integer(source: Mapping[str, Any], key: str) -> int:
     value = source.get(key)
@@ -206,7 +211,7 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
     require(type(value) in (int, float), key, value, "a number")
     return float(value)  # type: ignore[arg-type]
 
-  ids = dflash.get("target_layer_ids")
+  ids = own.get("target_layer_ids")
   whole = isinstance(ids, list) and all(type(i) is int for i in ids)
   require(whole, "target_layer_ids", ids, "a list of layer numbers")
   return DrafterConfig(
@@ -220,9 +225,9 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
     rope_theta=_rope_theta(raw),
     rms_norm_eps=real(raw, "rms_norm_eps"),
     max_length=integer(raw, "max_position_embeddings"),
-    block_size=integer(raw if "block_size" in raw else dflash, "block_size"),
-    mask_token_id=integer(dflash, "mask_token_id"),
-    target_layer_ids=tuple(ids),
+    block_size=integer(own, "block_size"),
+    mask_token_id=integer(own, "mask_token_id"),
+    target_layer_ids=tuple(ids or ()),
     num_target_layers=integer(raw, "num_target_layers"),
     training_mode=dflash.get("training_mode", "dflash"),
     prefix_weight_base=real(
