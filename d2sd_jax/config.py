@@ -22,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 DRAFTER_WEIGHTS = ("bfloat16", "int8")
 ROLES = ("dflash", "vp_drafter")
 SLOT_WEIGHTINGS = ("exponential", "d_pace")
+LOSSES = ("cross_entropy", "distillation")
 OPTIMIZERS = ("adamw", "muon")
 # Rows of a tile in the memories of GPUs and TPUs.
 NODE_TILE = 8
@@ -327,6 +328,8 @@ class TrainConfig:
     init_from: a drafter folder to start from instead of random weights.
     num_anchors: blocks trained at once in every sequence (A).
     optimizer: `adamw`, or `muon`: orthogonalised updates of the matrices.
+    loss: `cross_entropy` of the corpus's own tokens, or `distillation`, the
+      divergence from the target's distributions.
     slot_weighting: `exponential`, by distance (Eq. 7), or `d_pace`, by the
       accepted tokens that hang on a slot.
     loss_decay: τ of exponential weights; `None` is the paper's for the block.
@@ -359,6 +362,7 @@ class TrainConfig:
   warmup_fraction: float = 0.04
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  loss: str = "cross_entropy"
   slot_weighting: str = "exponential"
   loss_decay: float | None = None
   prefix_decay: float = 0.9
@@ -389,6 +393,7 @@ class TrainConfig:
         self.max_length > self.block_size,
         f"more than block_size = {self.block_size}",
       ),
+      ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
       (
         "slot_weighting",
         self.slot_weighting in SLOT_WEIGHTINGS,

@@ -23,6 +23,7 @@ from d2sd_jax.training.blocks import (
   slot_weights,
 )
 from d2sd_jax.training.losses import (
+  Teacher,
   accepted_lengths,
   block_loss,
   default_loss_decay,
@@ -192,7 +193,7 @@ def test_token_losses_are_those_of_all_logits_at_once(monkeypatch, most):
   head = lambda rows: rows @ table
 
   def mine(hidden):
-    loss, correct = token_losses(head, hidden, labels)
+    loss, _, correct = token_losses(head, hidden, labels)
     return (loss * weights).sum(), (loss, correct)
 
   def plain(hidden):
@@ -209,10 +210,43 @@ def test_token_losses_are_those_of_all_logits_at_once(monkeypatch, most):
   np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("most", [5, 100])
+def test_distillation_is_the_divergence_from_the_teacher(monkeypatch, most):
+  monkeypatch.setattr(losses_module, "MAX_ROWS", most)
+  rng = np.random.default_rng(1)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  hidden, taught, weights = draw(3, 4, 5), draw(3, 4, 6), draw(3, 4)
+  table, other = draw(5, 7), draw(6, 7)
+  labels = rng.integers(0, 7, (3, 4))
+  head, teach = lambda rows: rows @ table, lambda rows: rows @ other
+
+  def mine(hidden):
+    loss, label_loss, _ = token_losses(
+      head, hidden, labels, teacher=Teacher(teach, taught)
+    )
+    return (loss * weights).sum(), (loss, label_loss)
+
+  def plain(hidden):
+    q = jax.nn.log_softmax(head(hidden))
+    p = jax.nn.log_softmax(teach(taught))
+    loss = (jnp.exp(p) * (p - q)).sum(-1)
+    picked = jnp.take_along_axis(q, labels[..., None], -1)[..., 0]
+    return (loss * weights).sum(), (loss, -picked)
+
+  slope, got = jax.jit(jax.grad(mine, has_aux=True))(hidden)
+  expected_slope, expected = jax.grad(plain, has_aux=True)(hidden)
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-4, atol=1e-6)
+  np.testing.assert_allclose(got[1], expected[1], rtol=1e-5)
+  np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-5)
+  # Nothing is left to learn from a teacher that says the same.
+  same = token_losses(head, hidden, labels, teacher=Teacher(head, hidden))
+  np.testing.assert_allclose(same[0], 0, atol=1e-5)
+
+
 def test_a_label_far_from_the_best_keeps_the_loss_finite():
   logits = jnp.array([[300.0, 0.0], [300.0, 0.0]])
   head = lambda rows: rows
-  loss, correct = token_losses(head, logits, jnp.array([0, 1]))
+  loss, _, correct = token_losses(head, logits, jnp.array([0, 1]))
   assert loss.tolist() == [0, 80]
   assert correct.tolist() == [True, False]
 
@@ -254,7 +288,7 @@ def _run(drafter, target, tokens, prefix_lengths):
     config.block_size,
     config.mask_token_id,
   )
-  return target.head(block_hidden(drafter, target, batch, blocks))
+  return target.head(block_hidden(drafter, target, batch, blocks)[0])
 
 
 def _logits(tokens, prefixes, config):
@@ -301,3 +335,29 @@ def test_training_and_decoding_agree(role):
   np.testing.assert_allclose(
     trained[rows, columns], decoded, rtol=2e-4, atol=2e-4
   )
+
+
+@pytest.mark.parametrize("role", _ROLES)
+def test_the_teacher_speaks_of_each_slots_own_token(role):
+  """At slot k it is the target behind the tokens up to a + k - 1."""
+  config, prefix_lengths = _ROLES[role]
+  target, drafter = tiny.target(), tiny.drafter(config)
+  batch = _conversations(_TOKENS, _PROMPTS, _LENGTHS)
+  blocks = make_blocks(
+    batch,
+    jnp.asarray(_ANCHORS),
+    jnp.ones((2, 3), bool),
+    jnp.asarray(prefix_lengths),
+    config.block_size,
+    config.mask_token_id,
+  )
+  _, teacher = block_hidden(drafter, target, batch, blocks, distill=True)
+  logits = teacher.head(teacher.hidden)
+  assert logits.shape == (2, 3, config.block_size - 1, 61)
+  for row, block, slot in ((0, 0, 1), (0, 2, 3), (1, 1, 4), (1, 0, 2)):
+    position = int(_ANCHORS[row, block]) + slot
+    before = jnp.asarray(_TOKENS[row : row + 1, :position], jnp.int32)
+    expected = target.prefill(before, jnp.array([position]), ()).logits[0]
+    np.testing.assert_allclose(
+      logits[row, block, slot - 1], expected, rtol=1e-4, atol=1e-4
+    )

@@ -72,6 +72,10 @@ def test_step_flops_by_hand():
   ]
   got = step_flops(_CONFIG, tiny.TARGET, tiny.VP)
   assert got == pytest.approx(sum(expected))
+  # The last tap is the last layer: a teacher adds its head's logits.
+  distilled = dataclasses.replace(_CONFIG, loss="distillation")
+  more = step_flops(distilled, tiny.TARGET, tiny.VP) - got
+  assert more == pytest.approx(2 * 24 * 61 * 8 * 6 * 4)
   # Of 19 experts of 14 a token takes 2, and all 19 scores.
   mixed = 24 * 16 * 8 + 24 * 19 + 2 * 3 * 24 * 14
   more = step_flops(_CONFIG, tiny.GPT_OSS, tiny.VP) - got
@@ -82,11 +86,11 @@ def _start():
   return init_train_state(Drafter(tiny.VP, rngs=nnx.Rngs(0)), _CONFIG)
 
 
-def _train(graphdef, state, dataset, stop):
+def _train(graphdef, state, dataset, stop, config=_CONFIG):
   losses = []
   for step in range(int(state.step), stop):
     state, metrics = train_step(
-      graphdef, state, tiny.target(), dataset[step], config=_CONFIG
+      graphdef, state, tiny.target(), dataset[step], config=config
     )
     losses.append(float(metrics["loss"]))
   return state, losses
@@ -120,6 +124,17 @@ def test_training_lowers_the_loss_and_resumes_exactly(records, tmp_path):
   resumed, rest = _train(graphdef, restored, again, 30)
   assert first + rest == losses
   _assert_same(resumed, straight)
+
+
+def test_distillation_brings_the_drafter_nearer_to_the_target(records):
+  dataset = make_dataset(records, _CONFIG.batch_size, _CONFIG.seed)
+  config = dataclasses.replace(
+    _CONFIG, loss="distillation", slot_weighting="d_pace", num_steps=40
+  )
+  graphdef, state = _start()
+  _, losses = _train(graphdef, state, dataset, 40, config)
+  assert min(losses) > 0
+  assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_without_a_checkpoint_the_state_is_the_first(tmp_path):

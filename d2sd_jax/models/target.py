@@ -159,7 +159,7 @@ class LlamaTarget:
     )
     last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
     return TargetOutput(
-      logits=self._logits(last[:, 0]), features=features, kv=kv
+      logits=self.logits(last[:, 0]), features=features, kv=kv
     )
 
   def score_tree(
@@ -178,10 +178,10 @@ class LlamaTarget:
       mask=ancestor_mask(tree.parents)[:, None],
       taps=taps,
     )
-    return TargetOutput(logits=self._logits(hidden), features=features, kv=kv)
+    return TargetOutput(logits=self.logits(hidden), features=features, kv=kv)
 
-  def _logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-    """Final norm, then head."""
+  def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
+    """Float32 logits of the last layer's output: final norm, then head."""
     return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
 
   def _forward(

@@ -10,8 +10,9 @@ def step_flops(
 
   A frozen matrix costs 2 FLOPs a weight and row forwards, and 2 more if the
   gradient passes through it; a trained one costs 6. The target runs up to its
-  last tapped layer. Attention is counted where it may look: a causal half in
-  the target, half of the sequence and the block itself in the drafter.
+  last tapped layer, or to its own logits of every slot where it is distilled.
+  Attention is counted where it may look: a causal half in the target, half of
+  the sequence and the block itself in the drafter.
   Padding counts, as it is computed; norms and activations do not.
 
   Args:
@@ -22,7 +23,8 @@ def step_flops(
   c = config
   tokens = c.batch_size * c.max_length
   slots = c.batch_size * c.num_anchors * c.block_size
-  tapped = drafter.target_layer_ids[-1] + 1
+  distill = c.loss == "distillation"
+  tapped = target.num_layers if distill else drafter.target_layer_ids[-1] + 1
   fc = len(drafter.target_layer_ids) * target.hidden_size * drafter.hidden_size
   key_value = 2 * drafter.hidden_size * drafter.num_kv_heads * drafter.head_dim
   seen = c.max_length / 2 + c.block_size
@@ -43,7 +45,7 @@ def step_flops(
     * drafter.head_dim
     * seen
     * slots
-    + 4
+    + (6 if distill else 4)
     * target.hidden_size
     * target.vocab_size
     * slots

@@ -1,5 +1,6 @@
 """The distillation loss and what is measured beside it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -18,6 +19,19 @@ MAX_ROWS = 8192
 MAX_DIFFERENCE = 80.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """Whose distributions are learnt: `head(hidden)` are its float32 logits.
+
+  Attributes:
+    head: of rows, each on its own.
+    hidden: what it reads, for every row of the losses.
+  """
+
+  head: Callable[[Float[Array, "rows D"]], Float[Array, "rows V"]]
+  hidden: Float[Array, "*n D"]
+
+
 def default_loss_decay(block_size: int) -> float:
   """The published τ: 4, 5 and 7 for γ = 8, 10 and 16; between them, linear."""
   return float(np.interp(block_size, [8, 10, 16], [4.0, 5.0, 7.0]))
@@ -28,12 +42,16 @@ def token_losses(
   hidden: Float[Array, "*n D"],
   labels: Int[Array, "*n"],
   shards: int = 1,
-) -> tuple[Float[Array, "*n"], Bool[Array, "*n"]]:
-  """Cross-entropy of a frozen head's logits, which never exist all at once.
+  teacher: Teacher | None = None,
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"], Bool[Array, "*n"]]:
+  """Losses of a frozen head's logits, which never exist all at once.
 
-  The gradient of a row's loss, `(softmax - onehot) head^T`, is known as soon
-  as its logits are. So logits are made for some rows at a time, once, and the
-  gradient is attached to `hidden`; a backward pass has nothing to recompute.
+  The cross-entropy of the label; or, with a teacher, the divergence
+  `KL(p || q)` of the teacher's distribution p from the drafter's q, both at
+  temperature 1. The gradient of a row's loss, `(q - p) head^T` with p one-hot
+  where there is no teacher, is known as soon as its logits are. So logits are
+  made for some rows at a time, once, and the gradient is attached to `hidden`;
+  a backward pass has nothing to recompute.
 
   Args:
     head: float32 logits of rows, each on its own; gets no gradient itself.
@@ -41,10 +59,11 @@ def token_losses(
     labels: the right token of each row.
     shards: equal parts that the rows are split into over devices; each device
       then goes through its own, `MAX_ROWS` at a time.
+    teacher: whose distribution is to be learnt.
 
   Returns:
-    float32 losses, differentiable in `hidden`, and whether the label is the
-    argmax (or equal to it).
+    float32 losses, differentiable in `hidden`; the label's cross-entropy,
+    which is not; and whether the label is the argmax (or equal to it).
   """
   rows = math.prod(labels.shape) // shards
   count = math.ceil(rows / MAX_ROWS)
@@ -56,36 +75,47 @@ def token_losses(
     "shards (count size) ... -> count (shards size) ...",
     count=count,
   )
+  flat = [flat_hidden, labels.reshape(shards, rows)]
+  if teacher is not None:
+    flat.append(teacher.hidden.reshape(shards, rows, -1))
+  teach = None if teacher is None else teacher.head
   parts = jax.lax.map(
-    lambda part: _rows_loss(head, *part),
-    (cut(flat_hidden), cut(labels.reshape(shards, rows))),
+    lambda part: _rows_loss(head, teach, *part), [cut(x) for x in flat]
   )
   whole = lambda x: rearrange(
     x, "count (shards size) ... -> shards (count size) ...", shards=shards
   )[:, :rows]
-  loss, correct, slope = jax.tree.map(whole, parts)
+  loss, label_loss, correct, slope = (
+    whole(part).reshape(*labels.shape, *part.shape[2:]) for part in parts
+  )
   # Worth zero, with the slope as its gradient.
   delta = hidden - jax.lax.stop_gradient(hidden)
   attached = jnp.einsum(
     "...d,...d->...",
-    slope.reshape(hidden.shape),
+    slope,
     delta,
     preferred_element_type=jnp.float32,
   )
-  return loss.reshape(labels.shape) + attached, correct.reshape(labels.shape)
+  return loss + attached, label_loss, correct
 
 
-def _rows_loss(head, hidden, labels):
-  """Loss, whether the label is the best, and the loss's slope in `hidden`."""
+def _rows_loss(head, teach, hidden, labels, *taught):
+  """Loss, the label's, whether that is the best, and the slope in `hidden`."""
   logits, pull_back = jax.vjp(head, hidden)
   # Measured from the label's own logit, the sum and the largest come out of
   # one pass over the vocabulary.
   differences = logits - jnp.take_along_axis(logits, labels[:, None], axis=-1)
   ratios = jnp.exp(jnp.minimum(differences, MAX_DIFFERENCE))
   total = ratios.sum(-1, keepdims=True)
-  is_label = jnp.arange(logits.shape[-1]) == labels[:, None]
-  (slope,) = pull_back(ratios / total - is_label)
-  return jnp.log(total[:, 0]), differences.max(-1) <= 0, slope
+  label_loss = loss = jnp.log(total[:, 0])
+  wanted = jnp.arange(logits.shape[-1]) == labels[:, None]
+  if teach is not None:
+    logs = jax.nn.log_softmax(teach(*taught))
+    wanted = jnp.exp(logs)
+    # log q is `differences - loss`, and p sums to one.
+    loss = (wanted * (logs - differences)).sum(-1) + label_loss
+  (slope,) = pull_back(ratios / total - wanted)
+  return loss, label_loss, differences.max(-1) <= 0, slope
 
 
 def block_loss(

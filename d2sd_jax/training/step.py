@@ -26,6 +26,7 @@ from d2sd_jax.training.blocks import (
   slot_weights,
 )
 from d2sd_jax.training.losses import (
+  Teacher,
   accepted_lengths,
   block_loss,
   default_loss_decay,
@@ -87,8 +88,12 @@ def init_train_state(
 
 
 def block_hidden(
-  drafter: Drafter, target: Target, batch: Conversations, blocks: Blocks
-) -> Float[Array, "B A slots D"]:
+  drafter: Drafter,
+  target: Target,
+  batch: Conversations,
+  blocks: Blocks,
+  distill: bool = False,
+) -> tuple[Float[Array, "B A slots D"], Teacher | None]:
   """Slots 1..γ-1 of all blocks, ready for the head, just as in decoding.
 
   The target runs over the whole sequence once; a block sees the features of
@@ -99,20 +104,37 @@ def block_hidden(
     target: frozen.
     batch: the sequences.
     blocks: cut out of them.
+    distill: whether the target's own distributions are wanted; it needs the
+      method `logits` of `LlamaTarget` then.
+
+  Returns:
+    The slots, and if it is wanted the target as their teacher.
   """
+  own = drafter.config.target_layer_ids
+  last = drafter.config.num_target_layers - 1
+  taps = tuple(sorted({*own, last})) if distill else own
   features = jax.lax.stop_gradient(
-    target.prefill(
-      batch.tokens, batch.lengths, drafter.config.target_layer_ids
-    ).features
+    target.prefill(batch.tokens, batch.lengths, taps).features
   )
+  teacher = _teacher(target, features[:, :, -1], blocks) if distill else None
   index = jnp.arange(batch.tokens.shape[1])
   context = drafter.context_kv(
-    features, jnp.broadcast_to(index, batch.tokens.shape)
+    features[:, :, : len(own)],
+    jnp.broadcast_to(index, batch.tokens.shape),
   )
   hidden = drafter(
     target.embed(blocks.inputs), blocks.positions, context, blocks.anchors
   )
-  return hidden[:, :, 1:]
+  return hidden[:, :, 1:], teacher
+
+
+def _teacher(target, hidden, blocks) -> Teacher:
+  """The target's last hidden states, each one token before its slot's."""
+  before = blocks.positions[:, :, :-1]
+  flat = jnp.minimum(before, hidden.shape[1] - 1).reshape(len(hidden), -1)
+  rows = jnp.take_along_axis(hidden, flat[:, :, None], axis=1)
+  shape = (*before.shape, hidden.shape[-1])
+  return Teacher(head=target.logits, hidden=rows.reshape(shape))
 
 
 @functools.partial(
@@ -157,10 +179,13 @@ def train_step(
   def loss_fn(params):
     compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
     drafter = nnx.merge(graphdef, gather(mesh, compute))
-    hidden = block_hidden(drafter, target, batch, blocks)
+    distill = config.loss == "distillation"
+    hidden, teacher = block_hidden(drafter, target, batch, blocks, distill)
     labels = blocks.labels[:, :, 1:]
-    losses, correct = token_losses(target.head, hidden, labels, shards)
-    weights = block_weights(blocks, losses, config)
+    losses, label_losses, correct = token_losses(
+      target.head, hidden, labels, shards, teacher
+    )
+    weights = block_weights(blocks, label_losses, config)
     return block_loss(losses, weights, config.loss_normalizer), correct
 
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
@@ -220,9 +245,9 @@ def eval_step(
     everywhere = lambda x: jnp.broadcast_to(x, (shards, size))
     anchors, lengths = everywhere(anchors), everywhere(lengths)
     blocks = cut(rows, anchors, is_anchor(rows), lengths, config)
-    hidden = block_hidden(drafter, target, rows, blocks)
+    hidden, _ = block_hidden(drafter, target, rows, blocks)
     labels = blocks.labels[:, :, 1:]
-    _, correct = token_losses(target.head, hidden, labels, shards)
+    *_, correct = token_losses(target.head, hidden, labels, shards)
     supervised = blocks.supervised[:, :, 1:]
     # An anchor whose visible prefix reaches the end has nothing to draft.
     counted = supervised.any(-1)
@@ -246,11 +271,11 @@ def num_shards(mesh: Mesh | None) -> int:
 
 
 def block_weights(
-  blocks: Blocks, losses: Float[Array, "B A slots"], config: TrainConfig
+  blocks: Blocks, label_losses: Float[Array, "B A slots"], config: TrainConfig
 ) -> Float[Array, "B A slots"]:
   """Weights of slots 1..γ-1 by the run's rule; no gradient runs through."""
   if config.slot_weighting == "d_pace":
-    probability = jnp.exp(-jax.lax.stop_gradient(losses))
+    probability = jnp.exp(-label_losses)
     return pace_weights(blocks.supervised[:, :, 1:], probability)
   return slot_weights(blocks, loss_decay(config))[:, :, 1:]
 
