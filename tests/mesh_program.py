@@ -34,46 +34,46 @@ def collectives(program):
 
 def main():
   losses.MAX_ROWS = 8  # several turns of its loop
-  programs = {}
-  for mesh_text in ("data:8", "fsdp:8"):
-    config = TrainConfig(
-      corpus="corpus.jsonl",
-      heldout="heldout.jsonl",
-      role="vp_drafter",
-      num_layers=tiny.VP.num_layers,
-      block_size=tiny.VP.block_size,
-      num_anchors=6,
-      max_length=18,
-      batch_size=8,
-      dtype="float32",
-      mesh=mesh_text,
-    )
-    mesh = make_mesh(mesh_text)
-    drafter = Drafter(tiny.VP, rngs=nnx.Rngs(0))
-    graphdef, state = init_train_state(drafter, config)
-    state = shard_weights(mesh, state)
-    target = shard_weights(mesh, tiny.target())
-    rows = Conversations(
-      tokens=np.ones((8, 18), np.int32),
-      prompt_lengths=np.full(8, 4, np.int32),
-      lengths=np.arange(10, 18, dtype=np.int32),
-    )
-    batch = shard_batch(mesh, rows)
-    leaves = jax.tree.leaves((state.params, target))
-    split = [x.shape for x in leaves if not x.sharding.is_fully_replicated]
-    weights = [x.shape for x in jax.tree.leaves(state.params)]
-    train = train_step.lower(
-      graphdef, state, target, batch, config=config, mesh=mesh
-    )
-    evaluate = eval_step.lower(
-      graphdef, state.params, target, batch, config=config, mesh=mesh
-    )
-    for name, lowered in (("train", train), ("eval", evaluate)):
-      programs[f"{name} {mesh_text}"] = {
-        "collectives": collectives(lowered.compile()),
-        "split": split,
-        "weights": weights,
-      }
+  config = TrainConfig(
+    corpus="corpus.jsonl",
+    heldout="heldout.jsonl",
+    role="vp_drafter",
+    num_layers=tiny.VP.num_layers,
+    block_size=tiny.VP.block_size,
+    num_anchors=6,
+    max_length=18,
+    batch_size=8,
+    dtype="float32",
+    mesh="fsdp:8",
+  )
+  mesh = make_mesh(config.mesh)
+  drafter = Drafter(tiny.VP, rngs=nnx.Rngs(0))
+  graphdef, state = init_train_state(drafter, config)
+  state = shard_weights(mesh, state)
+  target = shard_weights(mesh, tiny.target())
+  rows = Conversations(
+    tokens=np.ones((8, 18), np.int32),
+    prompt_lengths=np.full(8, 4, np.int32),
+    lengths=np.arange(10, 18, dtype=np.int32),
+  )
+  batch = shard_batch(mesh, rows)
+  leaves = jax.tree.leaves((state.params, target))
+  split = [x.shape for x in leaves if not x.sharding.is_fully_replicated]
+  weights = [x.shape for x in jax.tree.leaves(state.params)]
+  train = train_step.lower(
+    graphdef, state, target, batch, config=config, mesh=mesh
+  )
+  evaluate = eval_step.lower(
+    graphdef, state.params, target, batch, config=config, mesh=mesh
+  )
+  programs = {
+    name: {
+      "collectives": collectives(lowered.compile()),
+      "split": split,
+      "weights": weights,
+    }
+    for name, lowered in (("train", train), ("eval", evaluate))
+  }
   print(json.dumps(programs), file=sys.stderr)
 
 
