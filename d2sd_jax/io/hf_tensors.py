@@ -180,7 +180,8 @@ class _Reader:
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
     # A copy, and a whole one: a CPU's "device" would share the file's memory.
-    array = jax.block_until_ready(jnp.array(value))
+    with np.errstate(over="ignore"):  # float64 beyond float32: told below
+      array = jax.block_until_ready(jnp.array(value))
     gc.collect(0)  # jax lets go of what it copied from with the next collection
     if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array):
       raise UsageError(f"target tensor {name}: NaN or infinite, not numbers")
