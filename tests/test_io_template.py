@@ -77,6 +77,14 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
   assert tokenizer.decode(tokenizer.encode_prompt("a")) == "<|end|>!"
 
 
+def test_tools_are_none(tmp_path):
+  folder = write_target(tmp_path)
+  template = "{% if tools is not none or documents %}tools{% endif %}a"
+  (folder / "chat_template.jinja").write_text(template)
+  tokenizer = hf_tokenizer(folder)
+  assert tokenizer.decode(tokenizer.encode_prompt("b")) == "a"
+
+
 @pytest.mark.parametrize("template", ["", "{{ '\\ud800' }}"])
 def test_a_template_without_text_is_refused(tmp_path, template):
   folder = write_target(tmp_path)

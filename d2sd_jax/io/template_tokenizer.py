@@ -28,6 +28,8 @@ TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 # Private-use characters that stand for a mark's name in a user's text.
 _OPEN, _CLOSE = "\ue0d2", "\ue05d"
+# Templates ask whether these are none, not only whether they are there.
+_ABSENT = {"tools": None, "documents": None}
 # More is a damaged file: a list of all ids is made.
 _MAX_IDS = 2**22
 # A byte that SentencePiece has no other token for.
@@ -70,7 +72,7 @@ class TemplateTokenizer(ChatTokenizer):
     known = known and max(stop_ids) < self.vocab_size
     require(known, "eos_token_id", list(stop_ids), "ids of the vocabulary")
     self._template, self._where = template, where
-    self._variables = {**variables, "add_generation_prompt": True}
+    self._variables = {**_ABSENT, **variables, "add_generation_prompt": True}
     self._marks = sorted(
       {self._id_bytes[i].decode(errors="replace") for i in self.special_ids},
       key=len,
