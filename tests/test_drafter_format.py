@@ -258,6 +258,8 @@ def test_unknown_keys_are_ignored(folder):
     ("input_embedding_scale", {"dflash_config": {"input_embedding_scale": 2}}),
     ("output_multiplier", {"output_multiplier": 0.5}),
     ("selector_rank", {"dflash_config": {"selector_rank": 8}}),
+    ("rms_norm_eps", {"rms_norm_eps": 10**400}),
+    ("rope_theta", {"rope_theta": 10**400}),
     ("projector_type", {"dflash_config": {"projector_type": "mlp"}}),
     ("use_swa", {"dflash_config": {"use_swa": True}}),
     ("layer_types=3: expected a list", {"layer_types": 3}),

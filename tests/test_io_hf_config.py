@@ -367,6 +367,7 @@ def _quantised():
   [
     ("mlp.experts.down_proj_scales", lambda x: x[:, :-1], "shape"),
     ("mlp.experts.down_proj_scales", lambda x: 0 * x + 255, "a NaN scale"),
+    ("mlp.experts.down_proj_scales", lambda x: 0 * x + 254, "too large"),
     ("mlp.experts.gate_up_proj_blocks", np.float32, "dtype float32"),
     ("mlp.experts.gate_up_proj_bias", np.int64, "dtype int64"),
     ("self_attn.sinks", lambda x: x[:-1], "shape"),

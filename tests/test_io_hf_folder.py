@@ -143,6 +143,16 @@ def _settings(**changes):
   return damage
 
 
+def _tokenizer(change):
+  def damage(folder):
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+  return damage
+
+
 def _cut(folder):
   path = folder / WEIGHTS_FILE
   path.write_bytes(path.read_bytes()[:-5])
@@ -172,6 +182,7 @@ def _index(change):
 
 
 _Q = "model.layers.2.self_attn.q_proj.weight"
+_WORD_LEVEL = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}
 BAD = {
   "missing": (_change(_Q, dict.pop), _Q),
   "extra": (
@@ -222,6 +233,29 @@ BAD = {
     "chat_template",
   ),
   "stop id": (_settings(eos_token_id=4000), "eos_token_id"),
+  "an id of billions": (
+    _tokenizer(lambda raw: raw["model"]["vocab"].update(far=2**32 - 1)),
+    "tokenizer.json=4294967296: expected a vocabulary",
+  ),
+  "a panic of the library": (
+    _tokenizer(lambda raw: raw["model"].update(continuing_subword_prefix="ab")),
+    "tokenizer.json",
+  ),
+  "an unknown token": (
+    _tokenizer(lambda raw: raw.update(model=_WORD_LEVEL)),
+    "expected text for the tokenizer",
+  ),
+  "names of no template": (
+    lambda f: (f / "tokenizer_config.json").write_text(
+      '{"chat_template": ["a", {"name": []}]}'
+    ),
+    "chat_template",
+  ),
+  "beyond float32": (
+    _change(_Q, lambda t, n: t.update({n: t[n].astype(np.float64) * 1e300})),
+    _Q,
+  ),
+  "turns alike": (_settings(rope_theta=1), "rope_theta=1"),
 }
 
 

@@ -480,6 +480,20 @@ def test_a_truncated_gguf_file_is_told(tmp_path):
     read_holding(str(path))
 
 
+def test_a_gguf_tensor_of_no_dimensions_is_told(tmp_path):
+  path = tiny.write_gguf(
+    tmp_path / "a.gguf",
+    tiny.gguf_metadata(tiny.GGUF_TARGET),
+    tiny.gguf_tensors(tiny.GGUF_TARGET),
+  )
+  name = b"output_norm.weight"
+  before, after = path.read_bytes().split(name)
+  # The number of dimensions, and the one there is.
+  path.write_bytes(before + name + bytes(4) + after[12:])
+  with pytest.raises(UsageError, match=r"'output_norm\.weight' has no dim"):
+    read_holding(str(path))
+
+
 def test_the_default_target_goes_by_its_name(monkeypatch, smollm2_path):
   monkeypatch.setattr(holdings, "target_path", lambda name: smollm2_path)
   holding = read_holding("smollm2-135m")

@@ -77,9 +77,25 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
   assert tokenizer.decode(tokenizer.encode_prompt("a")) == "<|end|>!"
 
 
+def test_tools_are_none(tmp_path):
+  folder = write_target(tmp_path)
+  template = "{% if tools is not none or documents %}tools{% endif %}a"
+  (folder / "chat_template.jinja").write_text(template)
+  tokenizer = hf_tokenizer(folder)
+  assert tokenizer.decode(tokenizer.encode_prompt("b")) == "a"
+
+
+@pytest.mark.parametrize("template", ["", "{{ '\\ud800' }}"])
+def test_a_template_without_text_is_refused(tmp_path, template):
+  folder = write_target(tmp_path)
+  (folder / "chat_template.jinja").write_text(template)
+  with pytest.raises(UsageError, match=r"chat_template\.jinja"):
+    hf_tokenizer(folder)
+
+
 def test_text_of_byte_fallback(tmp_path):
   folder = write_target(tmp_path)
-  pieces = [*MARKS, "\u2581a", "<0xC3>", "<0xA9>", "\u2581", "a"]
+  pieces = [*MARKS, "\u2581a", "<0xC3>", "<0xA9>", "\u2581", "a", "<0xZZ>"]
   bpe = tokenizers.Tokenizer(
     models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "a")])
   )
@@ -87,7 +103,7 @@ def test_text_of_byte_fallback(tmp_path):
   bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
   bpe.save(str(folder / "tokenizer.json"))
   tokenizer = hf_tokenizer(folder)
-  assert tokenizer.decode([4, 5, 6, 7, 0]) == " aé <|end|>"
+  assert tokenizer.decode([4, 5, 6, 7, 9, 0]) == " aé <0xZZ><|end|>"
 
 
 def test_another_decoder_is_refused(tmp_path):

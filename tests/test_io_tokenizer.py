@@ -260,3 +260,27 @@ def test_a_damaged_tokenizer_is_named_with_its_file(tmp_path, field, value):
     gguf_tokenizer(path)
   assert str(caught.value).startswith(f"{path}: tokenizer.ggml.")
   assert "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("ggml.bos_token_id", len(tiny.TOKENS)),
+    ("ggml.eos_token_id", "he"),
+    ("ggml.eot_token_id", [0]),
+    ("ggml.pre", ["qwen2"]),
+  ],
+)
+def test_a_wrong_setting_of_a_template_tokenizer_is_named(
+  tmp_path, field, value
+):
+  settings = {
+    "tokenizer.ggml.pre": "qwen2",
+    "tokenizer.chat_template": "{{ messages[0].content }}",
+    "tokenizer.ggml.eos_token_id": 0,
+    f"tokenizer.{field}": value,
+  }
+  metadata = tiny.gguf_metadata(tiny.GGUF_TARGET) | tiny.tokenizer_metadata()
+  path = tiny.write_gguf(tmp_path / "a.gguf", metadata | settings, {})
+  with pytest.raises(UsageError, match=f"tokenizer.{field}="):
+    gguf_tokenizer(path)

@@ -208,7 +208,7 @@ def _from_json(raw: Mapping[str, Any]) -> DrafterConfig:
 
   def real(source: Mapping[str, Any], key: str) -> float:
     value = source.get(key)
-    require(type(value) in (int, float), key, value, "a number")
+    require(_is_number(value), key, value, "a number below 1e30")
     return float(value)  # type: ignore[arg-type]
 
   ids = own.get("target_layer_ids")
@@ -264,10 +264,15 @@ def _rope_theta(raw: Mapping[str, Any]) -> float:
     require(partial == 1, "partial_rotary_factor", partial, "1")
     thetas.append(rope.get("rope_theta"))
   stated = [theta for theta in thetas if theta is not None]
-  numbers = all(type(theta) in (int, float) for theta in stated)
+  numbers = all(map(_is_number, stated))
   alike = numbers and len(set(stated)) == 1
   require(alike, "rope_theta", stated, "one number, stated")
   return float(stated[0])
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it is one, and of a size that floating point holds."""
+  return type(value) in (int, float) and abs(value) < 1e30
 
 
 def _parameters(drafter: Drafter) -> dict[str, nnx.Param]:

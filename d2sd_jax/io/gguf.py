@@ -291,6 +291,8 @@ def check_stored(header: Header, name: str, data: mmap.mmap) -> None:
   """Raises `UsageError` unless the file holds all of it, in a known type."""
   info = header.tensors[name]
   where = f"{header.path}: tensor {name!r}"
+  if not info.shape:
+    raise UsageError(f"{where} has no dimensions: expected one or more")
   block, size = gguf.GGML_QUANT_SIZES[info.kind]
   if info.shape[-1] % block:
     raise UsageError(

@@ -133,7 +133,7 @@ def is_smollm2_format(template: Any) -> bool:
 
 def _from_metadata(metadata: Mapping[str, Any]) -> ChatTokenizer:
   pre = _get(metadata, "tokenizer.ggml.pre")
-  if pre not in _SPLITS:
+  if pre not in tuple(_SPLITS):
     return SmolLM2Tokenizer(metadata)
   require_field(metadata, "tokenizer.ggml.model", ("gpt2",))
   vocabulary = _Vocabulary(metadata)
@@ -142,10 +142,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> ChatTokenizer:
   )
   level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   template = _get(metadata, "tokenizer.chat_template")
-  ids = {
-    name: metadata.get(f"tokenizer.ggml.{name}_token_id")
-    for name in ("bos", "eos", "eot", "padding")
-  }
+  ids = {name: vocabulary.optional_id(name) for name in ("bos", "eos", "eot")}
   return TemplateTokenizer(
     vocabulary.bpe(pre_tokenizers.Sequence([split, level])),
     vocabulary.id_bytes,
@@ -155,7 +152,7 @@ def _from_metadata(metadata: Mapping[str, Any]) -> ChatTokenizer:
     variables={
       f"{name}_token": vocabulary.tokens[i]
       for name, i in ids.items()
-      if name in ("bos", "eos") and i is not None
+      if name != "eot" and i is not None
     },
     where="tokenizer.chat_template",
   )
@@ -173,6 +170,7 @@ class _Vocabulary:
         "tokenizer.ggml.token_type: expected one for each of the"
         f" {len(self.tokens)} tokens"
       )
+    self._metadata = metadata
     self._ids = {token: i for i, token in enumerate(self.tokens)}
     self.special_ids = [i for i, kind in enumerate(kinds) if kind == _CONTROL]
     self.id_bytes = [byte_level_bytes(token) for token in self.tokens]
@@ -189,6 +187,15 @@ class _Vocabulary:
     bpe.pre_tokenizer = pre_tokenizer
     bpe.add_special_tokens([self.tokens[i] for i in self.special_ids])
     return bpe
+
+  def optional_id(self, name: str) -> int | None:
+    """Id of the token with this meaning, where the file states one."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    token_id = self._metadata.get(key)
+    known = type(token_id) is int and 0 <= token_id < len(self.tokens)
+    expected = f"an id below {len(self.tokens)}"
+    require(token_id is None or known, key, token_id, expected)
+    return token_id
 
   def mark(self, token: str) -> int:
     """Id of a special token."""

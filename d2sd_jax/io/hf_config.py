@@ -161,7 +161,7 @@ def _rope(
   keys.expect("rope_parameters", same, "the same settings as rope_scaling")
   thetas = {theta for theta, _ in found if theta is not None}
   if keys.raw.get("rope_theta") is not None:
-    thetas.add(keys.real("rope_theta"))
+    thetas.add(_theta(keys))
   keys.expect("rope_theta", len(thetas) <= 1, "one value wherever it is stated")
   return thetas.pop() if thetas else default_theta, kinds[0] if kinds else None
 
@@ -179,7 +179,14 @@ def _rope_settings(keys: _Keys) -> tuple[float | None, RopeScaling | None]:
     allowed = key in fixed or key in _ROPE_KEYS[kind]
     keys.expect(key, allowed, f"no such key for RoPE of type {kind!r}")
   stated = keys.raw.get("rope_theta") is not None
-  return keys.real("rope_theta") if stated else None, _scaling(keys, kind)
+  return _theta(keys) if stated else None, _scaling(keys, kind)
+
+
+def _theta(keys: _Keys) -> float:
+  """RoPE's base; with 1 all pairs of dimensions would turn alike."""
+  theta = keys.real("rope_theta")
+  keys.expect("rope_theta", theta > 1, "more than 1")
+  return theta
 
 
 def _scaling(keys: _Keys, kind: str) -> RopeScaling | None:

@@ -162,6 +162,15 @@ def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
     refuse("a NaN scale, expected numbers")
 
 
+def _check_finite(name: str, array: jax.Array, found: str) -> None:
+  """Raises `UsageError` unless all of it is numbers.
+
+  Where only shapes are asked for (`jax.eval_shape`) there is none to look at.
+  """
+  if not isinstance(array, jax.core.Tracer) and not _is_finite(array):
+    raise UsageError(f"target tensor {name}: {found}")
+
+
 class _Reader:
   """Tensors checked and put on the device, in the layout of the model."""
 
@@ -180,10 +189,11 @@ class _Reader:
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
     # A copy, and a whole one: a CPU's "device" would share the file's memory.
-    array = jax.block_until_ready(jnp.array(value))
+    with np.errstate(over="ignore"):  # float64 beyond float32: told below
+      array = jax.block_until_ready(jnp.array(value))
     gc.collect(0)  # jax lets go of what it copied from with the next collection
-    if jnp.issubdtype(array.dtype, jnp.floating) and not _is_finite(array):
-      raise UsageError(f"target tensor {name}: NaN or infinite, not numbers")
+    if jnp.issubdtype(array.dtype, jnp.floating):
+      _check_finite(name, array, "NaN or infinite, not numbers")
     return array
 
   def array(self, name: str) -> jax.Array:
@@ -252,7 +262,9 @@ class _Reader:
       return self.array(name)
     blocks = self._raw(f"{name}_blocks")
     scales = self._raw(f"{name}_scales")
-    return _dequantized(blocks, scales, self._dtype)
+    weights = _dequantized(blocks, scales, self._dtype)
+    _check_finite(f"{name}_scales", weights, "too large for float32")
+    return weights
 
 
 @jax.jit

@@ -5,8 +5,10 @@ The ids are those of the rendered text, marks and all, as Hugging Face's own
 a user's text stays text.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,19 @@ from d2sd_jax.io.tokenizer import (
   ChatTokenizer,
   byte_level_bytes,
   check_messages,
+  check_unicode,
 )
 
 TOKENIZER_FILE, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_FILE, GENERATION_FILE = "chat_template.jinja", "generation_config.json"
 # Private-use characters that stand for a mark's name in a user's text.
 _OPEN, _CLOSE = "\ue0d2", "\ue05d"
+# Templates ask whether these are none, not only whether they are there.
+_ABSENT = {"tools": None, "documents": None}
+# More is a damaged file: a list of all ids is made.
+_MAX_IDS = 2**22
+# A byte that SentencePiece has no other token for.
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class TemplateTokenizer(ChatTokenizer):
@@ -63,7 +72,7 @@ class TemplateTokenizer(ChatTokenizer):
     known = known and max(stop_ids) < self.vocab_size
     require(known, "eos_token_id", list(stop_ids), "ids of the vocabulary")
     self._template, self._where = template, where
-    self._variables = {**variables, "add_generation_prompt": True}
+    self._variables = {**_ABSENT, **variables, "add_generation_prompt": True}
     self._marks = sorted(
       {self._id_bytes[i].decode(errors="replace") for i in self.special_ids},
       key=len,
@@ -83,7 +92,7 @@ class TemplateTokenizer(ChatTokenizer):
 
     Raises:
       UsageError: one has no turn, or one that is not such a mapping; or the
-        template refuses it.
+        template refuses it, or writes nothing or no valid Unicode.
     """
     hidden: list[str] = []
     for messages in conversations:
@@ -94,7 +103,13 @@ class TemplateTokenizer(ChatTokenizer):
       self._variables,
       self._where,
     )
-    return [self._encode_marked(text, hidden) for text in texts]
+    for text in texts:
+      check_unicode(self._where, text)
+    with _told(f"{self._where}: expected text for the tokenizer"):
+      encoded = [self._encode_marked(text, hidden) for text in texts]
+    if not all(encoded):
+      raise UsageError(f"{self._where}: expected to write some text")
+    return encoded
 
   def _hide(
     self, message: Mapping[str, str], hidden: list[str]
@@ -144,10 +159,8 @@ def hf_tokenizer(folder: Path) -> TemplateTokenizer:
   """
   path = folder / TOKENIZER_FILE
   raw = read_json(path)
-  try:
+  with _told(f"{path}: expected a tokenizer"):
     bpe = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises no narrower one
-    raise UsageError(f"{path}: expected a tokenizer ({error})") from error
   # Padding and cutting are settings of training, not of the text.
   bpe.no_padding()
   bpe.no_truncation()
@@ -164,6 +177,17 @@ def hf_tokenizer(folder: Path) -> TemplateTokenizer:
     variables=_special_names(config),
     where=where,
   )
+
+
+@contextlib.contextmanager
+def _told(expected: str) -> Iterator[None]:
+  """Turns what `tokenizers` raises over a damaged file into `UsageError`."""
+  try:
+    yield
+  except (UsageError, KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # the library's panics are no `Exception`
+    raise UsageError(f"{expected} ({error})") from error
 
 
 def _id_bytes(
@@ -183,7 +207,9 @@ def _id_bytes(
   added = bpe.get_added_tokens_decoder()
   pieces = {i: token for token, i in bpe.get_vocab(True).items()}
   size = max(pieces, default=-1) + 1
-  require(size > 0, str(path), size, "a vocabulary")
+  require(
+    0 < size <= _MAX_IDS, str(path), size, f"a vocabulary of 1 to {_MAX_IDS}"
+  )
   return [
     added[i].content.encode() if i in added else to_bytes(pieces.get(i, ""))
     for i in range(size)
@@ -201,8 +227,8 @@ def _decoder_kinds(decoder: Any) -> list[str]:
 
 def _fallback_bytes(piece: str) -> bytes:
   """The bytes of a SentencePiece token: `<0x0A>`, or text with ▁ for space."""
-  if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-    return bytes([int(piece[3:5], 16)])
+  if found := _BYTE.fullmatch(piece):
+    return bytes.fromhex(found[1])
   return piece.replace("\u2581", " ").encode()
 
 
@@ -217,8 +243,14 @@ def _find_template(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
   where = f"{folder / TOKENIZER_CONFIG}: chat_template"
   template = config.get("chat_template")
   if isinstance(template, list):
-    named = {t.get("name"): t.get("template") for t in template if t}
-    template = named.get("default")
+    template = next(
+      (
+        t.get("template")
+        for t in template
+        if isinstance(t, Mapping) and t.get("name") == "default"
+      ),
+      None,
+    )
   if not isinstance(template, str):
     raise UsageError(f"{where}: expected one there or in {TEMPLATE_FILE}")
   return template, where
