@@ -55,6 +55,82 @@ def test_large_tensors_are_read_in_parts(tmp_path, monkeypatch):
   np.testing.assert_array_equal(TensorFolder(tmp_path)["b"], value)
 
 
+def test_a_part_of_a_tensor_is_what_is_asked_for(tmp_path):
+  value = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
+  save_file({"a": value[:2], "b": value}, tmp_path / WEIGHTS_FILE)
+  folder = TensorFolder(tmp_path)
+  for index in (
+    (slice(2, 5),),
+    (slice(None), slice(1, 3)),
+    (slice(6, 9), slice(None), slice(2, None)),
+  ):
+    np.testing.assert_array_equal(folder.part("b", index), value[index])
+
+
+# Devices are simulated in a process of its own.
+_SHARDED = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from d2sd_jax import UsageError
+from d2sd_jax.io.hf_folder import TensorFolder
+from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.io.models import load_target, read_target_config
+
+CONFIG = read_target_config(sys.argv[1])
+
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+largest, part = {}, TensorFolder.part
+
+def noted(self, name, index):
+  found = part(self, name, index)
+  largest[name] = max(largest.get(name, 0), found.size)
+  return found
+
+TensorFolder.part = noted
+
+def rule(name, shape):
+  # The first axis over `a`, the last of several over `b`.
+  spec = ["a" if shape[0] % 2 == 0 else None]
+  spec += ["b"] if len(shape) == 2 and shape[1] % 2 == 0 else []
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+folder = sys.argv[1]
+plain = load_target(folder, "float32")
+largest.clear()
+split = load_target(folder, "float32", sharding=rule)
+jax.tree.map(np.testing.assert_array_equal, split, plain)
+for leaf in jax.tree.leaves(split):
+  assert leaf.sharding.is_equivalent_to(rule("", leaf.shape), leaf.ndim), leaf
+q = split.layers[1].q_proj
+assert [s.data.shape for s in q.addressable_shards] == [(12, 30)] * 4
+assert largest["model.layers.1.self_attn.q_proj.weight"] == 12 * 30
+try:
+  raw = TensorFolder(Path(folder))
+  name = "model.layers.1.self_attn.q_proj.weight"
+  raw.tensors[name] = raw.tensors["lm_head.weight"]
+  target_from_tensors(CONFIG, raw, "float32", sharding=rule)
+except UsageError as error:
+  print("same", error)
+"""
+
+
+def test_each_device_reads_its_own_part(tmp_path):
+  folder = write_target(tmp_path / "target", shards=2)
+  flag = "--xla_force_host_platform_device_count=4"
+  done = subprocess.run(
+    [sys.executable, "-c", _SHARDED, str(folder)],
+    capture_output=True,
+    text=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flag},
+  )
+  assert done.returncode == 0, done.stderr
+  name = "model.layers.1.self_attn.q_proj.weight"
+  told = f"target tensor {name}: shape (270, 24), expected (60, 24)"
+  assert done.stdout == f"same {told}\n"
+
+
 def test_checksum_of_a_folder_sees_every_file(tmp_path):
   folder = write_target(tmp_path / "target")
   before = target_sha256(folder)

@@ -81,8 +81,21 @@ class TensorFolder(Mapping[str, np.ndarray]):
     self.tensors = _find_tensors(folder)
 
   def __getitem__(self, name: str) -> np.ndarray:
+    return self.part(name, ())
+
+  def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A box of a tensor; of the first axis only what is in it is read.
+
+    Args:
+      name: of the tensor.
+      index: slices of the leading axes, of step 1.
+    """
     tensor = self.tensors[name]
-    return _read(tensor).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+    if index:
+      start, stop, _ = index[0].indices(tensor.shape[0])
+      tensor = _rows(tensor, start, max(stop - start, 0))
+    whole = _read(tensor).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return whole[:, *index[1:]] if index else whole
 
   def __iter__(self) -> Iterator[str]:
     return iter(self.tensors)
@@ -164,6 +177,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
       raise UsageError(f"{path}: tensor {name}: expected bytes for {shape}")
     tensors[name] = Tensor(path, dtype, shape, 8 + size + first, last - first)
   return tensors
+
+
+def _rows(tensor: Tensor, start: int, count: int) -> Tensor:
+  """Where rows `[start, start + count)` of a tensor lie."""
+  row = tensor.num_bytes // max(tensor.shape[0], 1)
+  return dataclasses.replace(
+    tensor,
+    shape=(count, *tensor.shape[1:]),
+    start=tensor.start + start * row,
+    num_bytes=count * row,
+  )
 
 
 def _read(tensor: Tensor) -> np.ndarray:

@@ -6,12 +6,13 @@ where they are not quantised.
 
 import functools
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from d2sd_jax.config import DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError
@@ -33,6 +34,8 @@ LAYER_TENSORS = {
   "up_proj": "mlp.up_proj",
   "down_proj": "mlp.down_proj",
 }
+# Of a weight's published name and its shape in the model.
+ShardingRule = Callable[[str, tuple[int, ...]], NamedSharding]
 EMBEDDING, NORM, HEAD = (
   "model.embed_tokens.weight",
   "model.norm.weight",
@@ -115,6 +118,7 @@ def target_from_tensors(
   tensors: Mapping[str, np.ndarray],
   dtype: jax.typing.DTypeLike,
   implementation: str | None = None,
+  sharding: ShardingRule | None = None,
 ) -> LlamaTarget:
   """Builds a target from its published tensors, one at a time.
 
@@ -128,11 +132,15 @@ def target_from_tensors(
       head may be among them, if it is the embedding once more.
     dtype: of the weights and of all computation that is not float32 by rule.
     implementation: of `cascade_attention`.
+    sharding: where each weight goes, by its published name and the shape it
+      has here, matrices `[in, out]`; `None` is the default device. A reader
+      with a method `part` (`TensorFolder`) is asked for each device's own part
+      of a tensor alone; quantised experts are placed once dequantised.
 
   Raises:
     UsageError: a tensor is missing, left over, or of another shape or kind.
   """
-  reader = _Reader(config, tensors, dtype)
+  reader = _Reader(config, tensors, dtype, sharding)
   embedding = reader.array(EMBEDDING)
   return LlamaTarget(
     embedding=embedding,
@@ -144,14 +152,21 @@ def target_from_tensors(
   )
 
 
+def _check_shape(
+  name: str, found: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+  """Raises `UsageError` unless the tensor has the shape of its name."""
+  if found != shape:
+    raise UsageError(f"target tensor {name}: shape {found}, expected {shape}")
+
+
 def _check_tensor(name: str, value: Any, shape: tuple[int, ...]) -> None:
   """Raises `UsageError` unless the tensor is what its name promises."""
 
   def refuse(found: str) -> None:
     raise UsageError(f"target tensor {name}: {found}")
 
-  if value.shape != shape:
-    refuse(f"shape {value.shape}, expected {shape}")
+  _check_shape(name, value.shape, shape)
   codes = name.endswith(("_blocks", "_scales"))
   if codes and value.dtype != np.uint8:
     refuse(f"dtype {value.dtype}, expected uint8")
@@ -174,8 +189,9 @@ def _check_finite(name: str, array: jax.Array, found: str) -> None:
 class _Reader:
   """Tensors checked and put on the device, in the layout of the model."""
 
-  def __init__(self, config, tensors, dtype):
+  def __init__(self, config, tensors, dtype, sharding=None):
     self._config, self._tensors, self._dtype = config, tensors, dtype
+    self._sharding = sharding
     self._shapes = target_tensors(config)
     if config.tied_head and HEAD in tensors:
       self._shapes[HEAD] = self._shapes[EMBEDDING]
@@ -184,8 +200,12 @@ class _Reader:
       problem = "missing" if missing else "not part of such a model"
       raise UsageError(f"target tensor {name}: {problem}")
 
-  def _raw(self, name: str) -> jax.Array:
-    """The tensor as it is stored, on the device."""
+  def _raw(self, name: str, place: NamedSharding | None = None) -> jax.Array:
+    """The tensor as it is stored, on its devices."""
+    if place is not None:
+      array = self._parts(name, place)
+      _check_finite(name, array, "NaN or infinite, not numbers")
+      return array
     value = self._tensors[name]
     _check_tensor(name, value, self._shapes[name])
     # A copy, and a whole one: a CPU's "device" would share the file's memory.
@@ -196,9 +216,36 @@ class _Reader:
       _check_finite(name, array, "NaN or infinite, not numbers")
     return array
 
+  def _parts(self, name: str, place: NamedSharding) -> jax.Array:
+    """The tensor as it is stored, each device's part read by itself."""
+    shape, tensors = self._shapes[name], self._tensors
+    part = getattr(tensors, "part", lambda name, index: tensors[name][index])
+    # A reader knows the shape from its header.
+    stored = getattr(tensors, "tensors", tensors)[name].shape
+    _check_shape(name, stored, shape)
+
+    def read(index: Any) -> np.ndarray:
+      value = part(name, index)
+      _check_tensor(name, value, value.shape)
+      return np.array(value)  # A copy, as above.
+
+    array = jax.make_array_from_callback(shape, place, read)
+    return jax.block_until_ready(array)
+
+  def _place(self, name: str, transposed: bool) -> NamedSharding | None:
+    """Where the rule puts a tensor, as it is stored."""
+    if self._sharding is None:
+      return None
+    shape = self._shapes[name]
+    place = self._sharding(name, shape[::-1] if transposed else shape)
+    if not transposed:
+      return place
+    spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    return NamedSharding(place.mesh, PartitionSpec(*spec[::-1]))
+
   def array(self, name: str) -> jax.Array:
     """A tensor in its published layout."""
-    return self._raw(name).astype(self._dtype)
+    return self._raw(name, self._place(name, False)).astype(self._dtype)
 
   def head(self, embedding: jax.Array) -> jax.Array | None:
     """The head, or `None` where it is the embedding."""
@@ -214,7 +261,12 @@ class _Reader:
 
   def matrix(self, name: str) -> jax.Array:
     """A matrix, or a stack of them, transposed."""
-    return _transposed(self._raw(name), self._dtype)
+    raw = self._raw(name, self._place(name, True))
+    matrix = _transposed(raw, self._dtype)
+    if self._sharding is None:
+      return matrix
+    # XLA keeps each part where it is; this only says so.
+    return jax.device_put(matrix, self._sharding(name, matrix.shape))
 
   def layer(self, i: int) -> LayerWeights:
     """All weights of layer i."""
@@ -264,7 +316,9 @@ class _Reader:
     scales = self._raw(f"{name}_scales")
     weights = _dequantized(blocks, scales, self._dtype)
     _check_finite(f"{name}_scales", weights, "too large for float32")
-    return weights
+    if self._sharding is None:
+      return weights
+    return jax.device_put(weights, self._sharding(name, weights.shape))
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from d2sd_jax.io.gguf import load_gguf, target_metadata
 from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_folder import CONFIG_FILE, TensorFolder, read_json
-from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.io.hf_tensors import ShardingRule, target_from_tensors
 from d2sd_jax.io.hub import FILES, fetch_folder, is_hub_id
 from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.io.template_tokenizer import hf_tokenizer
@@ -71,6 +71,7 @@ def load_target(
   name: str | Path = DEFAULT_TARGET,
   dtype: jax.typing.DTypeLike = jnp.float32,
   implementation: str | None = None,
+  sharding: ShardingRule | None = None,
 ) -> LlamaTarget:
   """Loads a target onto the default device, one tensor after the other.
 
@@ -78,6 +79,7 @@ def load_target(
     name: see `target_path`.
     dtype: of weights, caches and activations.
     implementation: of `cascade_attention`.
+    sharding: where each weight goes instead; see `target_from_tensors`.
 
   Raises:
     UsageError: a file is missing, damaged or of an unknown architecture.
@@ -89,7 +91,7 @@ def load_target(
     config, tensors = read_target_config(path), TensorFolder(path)
   else:
     config, tensors = load_gguf(path)
-  return target_from_tensors(config, tensors, dtype, implementation)
+  return target_from_tensors(config, tensors, dtype, implementation, sharding)
 
 
 def load_tokenizer(name: str | Path = DEFAULT_TARGET) -> ChatTokenizer:
