@@ -3,10 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from d2sd_jax.tensor_parallel import largest_score, sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
 
-def token_confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
+def token_confidence(
+  logits: Float[Array, "... V"], axis: str | None = None
+) -> Float[Array, "..."]:
   """Probability of the drafter's own argmax at each slot (Eq. 3).
 
   Always at temperature 1 and in float32, whatever the sampling temperature
@@ -15,13 +18,15 @@ def token_confidence(logits: Float[Array, "... V"]) -> Float[Array, "..."]:
 
   Args:
     logits: drafter logits, any leading shape.
+    axis: of a mesh, over whose devices the vocabulary is split.
 
   Returns:
     float32 probabilities in (0, 1], `logits`' leading shape.
   """
   logits = logits.astype(jnp.float32)
   # Not exp(max - logsumexp): their difference loses what large logits round.
-  return 1.0 / jnp.exp(logits - logits.max(-1, keepdims=True)).sum(-1)
+  largest = largest_score(logits, axis)[..., None]
+  return 1.0 / sum_parts(jnp.exp(logits - largest).sum(-1), axis)
 
 
 def boundary_posterior(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from d2sd_jax.tensor_parallel import best_token, largest_score, sum_parts
 from d2sd_jax.typing import Array, Bool, Float, Int
 
 # Where the target folds in a sequence's index, which is below this.
@@ -52,6 +53,7 @@ def sample(
   positions: Int[Array, "B R"],
   sequence_ids: Int[Array, " B"],
   sampling: Sampling,
+  axis: str | None = None,
 ) -> Int[Array, "B R"]:
   """`argmax(logits / T + Gumbel(seed, sequence, position))`, or the argmax.
 
@@ -63,6 +65,7 @@ def sample(
     positions: position of the token to be chosen, padding not counted.
     sequence_ids: index of each row's prompt in the input.
     sampling: how to choose.
+    axis: of a mesh, over whose devices the vocabulary is split.
 
   Returns:
     int32 token ids.
@@ -70,12 +73,11 @@ def sample(
   logits = logits.astype(jnp.float32)
 
   def noisy(logits):
-    scores = sampling_scores(logits, positions, sequence_ids, sampling)
-    return jnp.argmax(scores, axis=-1)
+    scores = sampling_scores(logits, positions, sequence_ids, sampling, axis)
+    return best_token(scores, axis)
 
-  greedy = lambda logits: jnp.argmax(logits, axis=-1)
-  chosen = jax.lax.cond(sampling.temperature > 0, noisy, greedy, logits)
-  return chosen.astype(jnp.int32)
+  greedy = lambda logits: best_token(logits, axis)
+  return jax.lax.cond(sampling.temperature > 0, noisy, greedy, logits)
 
 
 def sampling_scores(
@@ -83,20 +85,21 @@ def sampling_scores(
   positions: Int[Array, "B R"],
   sequence_ids: Int[Array, " B"],
   sampling: Sampling,
+  axis: str | None = None,
 ) -> Float[Array, "B R V"]:
   """What `sample` takes the argmax of at a temperature above 0; see there."""
   # Measured from the largest, so that no temperature overflows.
-  logits = logits - logits.max(-1, keepdims=True)
+  logits = logits - largest_score(logits, axis)[..., None]
   logits = logits / sampling.temperature
   filtered = (sampling.top_k > 0) | (sampling.top_p < 1)
   logits = jax.lax.cond(
     filtered,
-    lambda x: filter_logits(x, sampling.top_k, sampling.top_p),
+    lambda x: filter_logits(x, sampling.top_k, sampling.top_p, axis),
     lambda x: x,
     logits,
   )
   noise = position_noise(
-    sampling.seed, sequence_ids, positions, logits.shape[-1]
+    sampling.seed, sequence_ids, positions, logits.shape[-1], axis
   )
   return logits + noise
 
@@ -105,17 +108,39 @@ def position_noise(
   seed: Int[Array, ""],
   sequence_ids: Int[Array, " B"],
   positions: Int[Array, "B R"],
-  vocab_size: int,
+  width: int,
+  axis: str | None = None,
 ) -> Float[Array, "B R V"]:
-  """Gumbel noise that depends on (seed, sequence, position, token id) only."""
+  """Gumbel noise that depends on (seed, sequence, position, token id) only.
+
+  Args:
+    seed: of the run.
+    sequence_ids: index of each row's prompt in the input.
+    positions: of the tokens to be chosen.
+    width: V, ids of this device.
+    axis: of a mesh, over whose devices the vocabulary is split.
+  """
 
   def at(sequence_id, position):
     key = jax.random.fold_in(jax.random.key(seed), sequence_id)
-    key = jax.random.fold_in(key, position)
-    return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+    return _noise_of_tokens(jax.random.fold_in(key, position), width, axis)
 
   over_nodes = jax.vmap(at, in_axes=(None, 0))
   return jax.vmap(over_nodes)(sequence_ids, positions)
+
+
+def _noise_of_tokens(key, width, axis):
+  """Gumbel noise of this device's ids, one key's.
+
+  An element of JAX's random arrays depends on the key and its index alone, so
+  that noise of an id is the same however many devices share the vocabulary.
+  """
+  if axis is None:
+    return jax.random.gumbel(key, (width,), jnp.float32)
+  size = jax.lax.axis_size(axis) * width
+  whole = jax.random.gumbel(key, (size,), jnp.float32)
+  start = jax.lax.axis_index(axis) * width
+  return jax.lax.dynamic_slice(whole, (start,), (width,))
 
 
 def draft_key(seed: Int[Array, ""]) -> Int[Array, " words"]:
@@ -133,6 +158,7 @@ def draft_samples(
   sequence_ids: Int[Array, " B"],
   key_data: Int[Array, " words"],
   count: int,
+  axis: str | None = None,
 ) -> Int[Array, "B count slots"]:
   """Independent draws from a drafter's marginals at temperature 1.
 
@@ -144,26 +170,32 @@ def draft_samples(
     sequence_ids: index of each row's prompt in the input.
     key_data: see `draft_key`.
     count: draws of every slot.
+    axis: of a mesh, over whose devices the vocabulary is split.
 
   Returns:
     int32 token ids.
   """
 
   key = jax.random.wrap_key_data(key_data)
+  width = logits.shape[-1]
 
-  def at(sequence_id, position, logits):
+  def at(sequence_id, position, draw):
     own = jax.random.fold_in(jax.random.fold_in(key, sequence_id), position)
-    return jax.random.categorical(own, logits, shape=(count,))
+    return _noise_of_tokens(jax.random.fold_in(own, draw), width, axis)
 
-  over_slots = jax.vmap(at, in_axes=(None, 0, 0), out_axes=1)
-  drawn = jax.vmap(over_slots)(
-    sequence_ids, positions, logits.astype(jnp.float32)
+  over_slots = jax.vmap(at, in_axes=(None, 0, None))
+  over_draws = jax.vmap(over_slots, in_axes=(None, None, 0))
+  noise = jax.vmap(over_draws, in_axes=(0, 0, None))(
+    sequence_ids, positions, jnp.arange(count)
   )
-  return drawn.astype(jnp.int32)
+  return best_token(logits.astype(jnp.float32)[:, None] + noise, axis)
 
 
 def filter_logits(
-  logits: Float[Array, "... V"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+  logits: Float[Array, "... V"],
+  top_k: Int[Array, ""],
+  top_p: Float[Array, ""],
+  axis: str | None = None,
 ) -> Float[Array, "... V"]:
   """Sets all but the likeliest tokens to -inf: top-k first, then top-p.
 
@@ -172,26 +204,30 @@ def filter_logits(
   `top_p`; at least one token, and tokens equal at the edge together.
 
   Args:
-    logits: finite, float32.
+    logits: float32, finite or -inf.
     top_k: tokens to keep; 0 keeps all.
     top_p: mass to keep, in (0, 1]; 1 keeps all.
+    axis: of a mesh, over whose devices the vocabulary is split.
 
   Returns:
     float32, `logits` with the dropped tokens at -inf.
   """
 
   def keep_top_k(logits):
-    enough = lambda kept: kept.sum(-1) >= jnp.minimum(top_k, logits.shape[-1])
+    size = sum_parts(logits.shape[-1], axis)
+    wanted = jnp.minimum(top_k, size)
+    enough = lambda kept: sum_parts(kept.sum(-1), axis) >= wanted
     floor = _largest_threshold(logits, enough)
     return jnp.where(logits >= floor[..., None], logits, -jnp.inf)
 
   def keep_top_p(logits):
-    largest = logits.max(-1, keepdims=True)
-    total = jnp.exp(logits - largest).sum(-1, keepdims=True)
+    largest = largest_score(logits, axis)[..., None]
+    total = sum_parts(jnp.exp(logits - largest).sum(-1, keepdims=True), axis)
 
     def mass(kept):
       # Made anew in every pass: cheaper than one more array to read.
-      return jnp.where(kept, jnp.exp(logits - largest) / total, 0).sum(-1)
+      share = jnp.where(kept, jnp.exp(logits - largest) / total, 0).sum(-1)
+      return sum_parts(share, axis)
 
     # Rounding may leave the whole mass a little under 1: cap what is asked.
     wanted = jnp.minimum(top_p, mass(logits > -jnp.inf))

@@ -1,8 +1,9 @@
 """Meshes of devices, and which dimension of an array is split over which axis.
 
-`data` splits the batch only. `fsdp` splits the batch too, and besides the
-weights and the optimizer's state, which are gathered where they are used.
-Everything runs in `jit`: an array's place is told, and XLA finds the messages.
+In training `data` splits the batch only. `fsdp` splits the batch too, and
+besides the weights and the optimizer's state, which are gathered where they are
+used. All of it runs in `jit`: an array's place is told, and XLA finds the
+messages. Decoding splits models over `tensor` (`d2sd_jax.decoding.placement`).
 """
 
 import math
@@ -18,6 +19,9 @@ from d2sd_jax.errors import require
 # Axes of a mesh by what they split; the batch is split over all of these.
 DATA, FSDP = "data", "fsdp"
 BATCH_AXES = (DATA, FSDP)
+# A mesh that decodes: `tensor` splits the models (`d2sd_jax.tensor_parallel`).
+TENSOR = "tensor"
+DECODING_AXES = (DATA, TENSOR)
 
 _T = TypeVar("_T")
 
@@ -108,17 +112,17 @@ def weight_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
 
 def shard_weights(mesh: Mesh, tree: _T) -> _T:
   """Puts weights, the same in every process, where `weight_sharding` says."""
-  return jax.tree.map(lambda x: _place(x, weight_sharding(mesh, x.shape)), tree)
+  return jax.tree.map(lambda x: place(x, weight_sharding(mesh, x.shape)), tree)
 
 
 def replicate(mesh: Mesh, tree: _T) -> _T:
   """Puts arrays, the same in every process, whole on every device."""
-  return jax.tree.map(lambda x: _place(x, replicated(mesh)), tree)
+  return jax.tree.map(lambda x: place(x, replicated(mesh)), tree)
 
 
 def shard_batch(mesh: Mesh, batch: _T) -> _T:
   """Puts a batch on the mesh; a process's own rows are all that is read."""
-  return jax.tree.map(lambda x: _place(x, batch_sharding(mesh)), batch)
+  return jax.tree.map(lambda x: place(x, batch_sharding(mesh)), batch)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
@@ -148,8 +152,8 @@ def gather(mesh: Mesh | None, tree: _T) -> _T:
   return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def _place(value: Any, sharding: NamedSharding) -> jax.Array:
-  """An array of which every process knows at least its own part."""
+def place(value: Any, sharding: NamedSharding) -> jax.Array:
+  """Puts an array, of which every process knows at least its own part."""
   value = np.asarray(value)
   return jax.make_array_from_callback(
     value.shape, sharding, lambda index: value[index]

@@ -32,6 +32,7 @@ def target_choices(
   positions: Int[Array, "B R"],
   sequence_ids: Int[Array, " B"],
   sampling: Sampling,
+  axis: str | None = None,
 ) -> Int[Array, "B R"]:
   """The token the target chooses after each node.
 
@@ -46,11 +47,12 @@ def target_choices(
       at `positions + 1`.
     sequence_ids: the prompt's index in the input, never the batch row.
     sampling: how to choose.
+    axis: of a mesh, over whose devices the vocabulary is split.
 
   Returns:
     int32 token ids.
   """
-  return sample(logits, positions + 1, sequence_ids, sampling)
+  return sample(logits, positions + 1, sequence_ids, sampling, axis)
 
 
 def longest_accepted_path(

@@ -28,7 +28,8 @@ from d2sd_jax import (
   prefill,
 )
 from d2sd_jax.config import default_target_layer_ids
-from d2sd_jax.models.target import LayerWeights, LlamaTarget
+from d2sd_jax.models.layers import LayerWeights
+from d2sd_jax.models.target import LlamaTarget
 
 pytestmark = pytest.mark.aot
 _LAYERS, _CAPACITY = 36, 1024
@@ -144,15 +145,12 @@ def _layer(sizes):
   zeros = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
   return LayerWeights(
     input_norm=zeros(width),
-    q_proj=zeros(width, width),
-    k_proj=zeros(width, key),
-    v_proj=zeros(width, key),
+    qkv_proj=zeros(width, width + 2 * key),
     o_proj=zeros(width, width),
     q_norm=zeros(head),
     k_norm=zeros(head),
     post_norm=zeros(width),
-    gate_proj=zeros(width, mlp),
-    up_proj=zeros(width, mlp),
+    gate_up_proj=zeros(width, 2 * mlp),
     down_proj=zeros(mlp, width),
   )
 
@@ -173,7 +171,7 @@ def _models(num_layers, sizes):
     **sizes,
   )
   table = jnp.zeros((target.vocab_size, target.hidden_size), jnp.bfloat16)
-  make = lambda: Drafter(drafter, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+  make = lambda: Drafter(drafter, rngs=nnx.Rngs(0), dtype=jnp.bfloat16).fuse()
   return Models(
     target=LlamaTarget(
       embedding=table,
@@ -253,7 +251,7 @@ def _check_int8(hlo, models):
     for leaf in jax.tree.leaves((models.drafters, models.draft_head))
     if leaf.dtype == jnp.int8
   ]
-  assert len(held) == 2 * (1 + 7 * _DRAFTER_LAYERS) + 1
+  assert len(held) == 2 * (2 + 4 * _DRAFTER_LAYERS) + 1
   for shape in sorted({leaf.shape for leaf in held}):
     rows, columns = shape
     assert f"s8[{rows},{columns}]" in top

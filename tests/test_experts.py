@@ -47,7 +47,7 @@ def test_which_path_is_taken(monkeypatch):
   taken = []
   for name in ("_mix_chosen", "_mix_all"):
     monkeypatch.setattr(
-      experts, name, lambda e, x, name=name: taken.append(name) or x
+      experts, name, lambda e, x, axis, name=name: taken.append(name) or x
     )
   for count in (1, 3, 4):
     mix_experts(_layer(), _rows(count))

@@ -298,10 +298,10 @@ def test_a_qwen3_8b_layer_holds_what_it_should():
     for name, shape in target_tensors(config).items()
   }
   layer = jax.eval_shape(build, shapes).layers[35]
-  assert layer.q_proj.shape == (4096, 4096)
-  assert layer.k_proj.shape == (4096, 1024)
+  assert layer.qkv_proj.shape == (4096, 4096 + 2 * 1024)
+  assert layer.gate_up_proj.shape == (4096, 2 * 12288)
   assert layer.down_proj.shape == (12288, 4096)
-  assert layer.experts is layer.sinks is layer.q_bias is None
+  assert layer.experts is layer.sinks is layer.qkv_bias is None
 
 
 @pytest.mark.parametrize("name", ["qwen3_8b", "gpt_oss_20b"])

@@ -72,15 +72,16 @@ _SHARDED = """
 import sys
 from pathlib import Path
 import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from d2sd_jax import UsageError
+from d2sd_jax.decoding.placement import shardings, weight_specs
 from d2sd_jax.io.hf_folder import TensorFolder
 from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.io.models import load_target, read_target_config
+from d2sd_jax.sharding import DECODING_AXES, make_mesh
 
 CONFIG = read_target_config(sys.argv[1])
 
-mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+mesh = make_mesh("data:2,tensor:2", DECODING_AXES)
 largest, part = {}, TensorFolder.part
 
 def noted(self, name, index):
@@ -90,27 +91,37 @@ def noted(self, name, index):
 
 TensorFolder.part = noted
 
-def rule(name, shape):
-  # The first axis over `a`, the last of several over `b`.
-  spec = ["a" if shape[0] % 2 == 0 else None]
-  spec += ["b"] if len(shape) == 2 and shape[1] % 2 == 0 else []
-  return NamedSharding(mesh, PartitionSpec(*spec))
-
 folder = sys.argv[1]
 plain = load_target(folder, "float32")
 largest.clear()
-split = load_target(folder, "float32", sharding=rule)
-jax.tree.map(np.testing.assert_array_equal, split, plain)
-for leaf in jax.tree.leaves(split):
-  assert leaf.sharding.is_equivalent_to(rule("", leaf.shape), leaf.ndim), leaf
-q = split.layers[1].q_proj
-assert [s.data.shape for s in q.addressable_shards] == [(12, 30)] * 4
-assert largest["model.layers.1.self_attn.q_proj.weight"] == 12 * 30
+split = load_target(folder, "float32", mesh=mesh)
+specs = jax.tree.leaves(shardings(mesh, weight_specs(split)))
+for leaf, place in zip(jax.tree.leaves(split), specs, strict=True):
+  assert leaf.sharding.is_equivalent_to(place, leaf.ndim), leaf
+layer, whole = split.layers[1], plain.layers[1]
+equal = np.testing.assert_array_equal
+# Six query heads, two key heads and two value heads, each of ten columns.
+q, k, v = np.split(np.asarray(whole.qkv_proj), (60, 80), axis=1)
+gate, up = np.split(np.asarray(whole.gate_up_proj), 2, axis=1)
+for shard in layer.qkv_proj.addressable_shards:
+  i = shard.device.id % 2
+  own = [q[:, 30 * i :][:, :30], k[:, 10 * i :][:, :10], v[:, 10 * i :][:, :10]]
+  equal(shard.data, np.concatenate(own, axis=1))
+for shard in layer.gate_up_proj.addressable_shards:
+  half = slice(20 * (shard.device.id % 2), 20 * (shard.device.id % 2) + 20)
+  equal(shard.data, np.concatenate([gate[:, half], up[:, half]], axis=1))
+for name in ("o_proj", "down_proj", "input_norm", "q_norm"):
+  equal(getattr(layer, name), getattr(whole, name))
+equal(split.embedding, plain.embedding)
+equal(split.lm_head, plain.lm_head)
+assert [s.data.shape for s in layer.o_proj.addressable_shards] == [(30, 24)] * 4
+assert largest["model.layers.1.self_attn.q_proj.weight"] == 30 * 24
+assert largest["model.layers.1.mlp.up_proj.weight"] == 20 * 24
 try:
   raw = TensorFolder(Path(folder))
   name = "model.layers.1.self_attn.q_proj.weight"
   raw.tensors[name] = raw.tensors["lm_head.weight"]
-  target_from_tensors(CONFIG, raw, "float32", sharding=rule)
+  target_from_tensors(CONFIG, raw, "float32", mesh=mesh)
 except UsageError as error:
   print("same", error)
 """

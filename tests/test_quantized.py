@@ -9,7 +9,6 @@ import tiny
 from d2sd_jax import Models
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
-from d2sd_jax.models.drafter import quantize_drafter
 
 
 def _oracle(matrix, summed):
@@ -72,14 +71,14 @@ def test_products_against_an_oracle(spec, summed, dtype):
 
 
 def test_a_drafter_is_quantised_and_the_given_one_left_alone():
-  drafter = tiny.drafter(tiny.VP, 3)
+  drafter = tiny.drafter(tiny.VP, 3).fuse()
   before = jax.tree.map(np.asarray, drafter)
-  small = quantize_drafter(drafter)
+  small = drafter.quantize()
   same = jax.tree.map(np.array_equal, before, drafter)
   assert all(jax.tree.leaves(same))
   kinds = [x.dtype.name for x in jax.tree.leaves(small)]
-  # `fc` and seven matrices of the one layer.
-  assert kinds.count("int8") == 8
+  # `fc`, the context's projection and four matrices of the one layer.
+  assert kinds.count("int8") == 6
   assert isinstance(small.fc, QuantizedMatrix)
   assert isinstance(small.layers[0].down_proj, QuantizedMatrix)
   assert small.dtype == drafter.dtype == jnp.float32

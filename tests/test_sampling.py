@@ -12,16 +12,14 @@ from d2sd_jax import Sampling
 from d2sd_jax.sampling import filter_logits, position_noise, sample
 
 _VOCAB = 37
-_jit_noise = jax.jit(position_noise, static_argnames="vocab_size")
+_jit_noise = jax.jit(position_noise, static_argnames="width")
 _jit_sample = jax.jit(sample)
 _jit_filter = jax.jit(filter_logits)
 
 
 def _noise(seed, ids, positions):
   return np.asarray(
-    _jit_noise(
-      jnp.uint32(seed), jnp.array(ids), jnp.array(positions), vocab_size=13
-    )
+    _jit_noise(jnp.uint32(seed), jnp.array(ids), jnp.array(positions), width=13)
   )
 
 

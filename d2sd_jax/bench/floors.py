@@ -71,10 +71,7 @@ def draft_work(
 
 def commit_work(models: Models, batch: int, path: int) -> Work:
   """Context keys and values of every drafter; writes are next to nothing."""
-  weights = [
-    (d.fc, [(layer.k_proj, layer.v_proj) for layer in d.layers])
-    for d in models.drafters
-  ]
+  weights = [(d.fc, d.context_proj) for d in models.drafters]
   return Work(_bytes(weights), 2 * batch * path * _parameters(weights))
 
 

@@ -13,7 +13,8 @@ from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.decoding.state import DecodeState, Models, prefill
 from d2sd_jax.models.drafter import INIT_STD, Drafter
-from d2sd_jax.models.target import LayerWeights, LlamaTarget
+from d2sd_jax.models.layers import LayerWeights
+from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
 from d2sd_jax.tree import PrefixTree, chain_tree
 from d2sd_jax.typing import Array
@@ -57,7 +58,7 @@ def random_models(config: BenchConfig) -> Models:
     config.drafter, rngs=nnx.Rngs(draws.key()), dtype=draws.dtype
   )
   target = _target(config.target, draws, config.implementation)
-  models = Models(target=target, drafters=(make(), make()))
+  models = Models(target=target, drafters=(make().fuse(), make().fuse()))
   int8 = config.drafter_weights == "int8"
   return models.with_int8_drafting() if int8 else models
 
@@ -72,15 +73,12 @@ def _target(c: TargetConfig, draws: Draws, implementation: str | None):
   def layer() -> LayerWeights:
     return LayerWeights(
       input_norm=norm(width),
-      q_proj=matrix(width, query),
-      k_proj=matrix(width, key),
-      v_proj=matrix(width, key),
+      qkv_proj=matrix(width, query + 2 * key),
       o_proj=matrix(query, width),
       q_norm=norm(head) if c.qk_norm else None,
       k_norm=norm(head) if c.qk_norm else None,
       post_norm=norm(width),
-      gate_proj=matrix(width, mlp),
-      up_proj=matrix(width, mlp),
+      gate_up_proj=matrix(width, 2 * mlp),
       down_proj=matrix(mlp, width),
     )
 

@@ -19,7 +19,7 @@ from d2sd_jax.decoding.costs import CostTable, cost_table
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 
 # What tables and counts may be wrong by before `ar` would have been faster.
@@ -74,7 +74,7 @@ _AR = Choice(
 def resolve(
   plan: Plan,
   target: LlamaTarget,
-  drafters: Sequence[Drafter],
+  drafters: Sequence[FusedDrafter],
   requests: Sequence[Request],
 ) -> Plan:
   """The plan with the choice of mode `auto` in it; says so on standard error.

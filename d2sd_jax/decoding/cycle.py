@@ -46,7 +46,7 @@ def decode_cycle(
   if policy.may_abstain:
     drafted = tree.valid[:, 1:] & ~state.finished[:, None]
     alone = lambda tree: _score_anchor(score, tree)
-    choices, scores = jax.lax.cond(drafted.any(), score, alone, tree)
+    choices, scores = jax.lax.cond(models.any(drafted), score, alone, tree)
   else:
     choices, scores = score(tree)
   verdict = longest_accepted_path(tree, choices, policy.max_path(config))
@@ -65,6 +65,7 @@ def _score(
     state.lengths[:, None] + tree.depths,
     state.sequence_ids,
     sampling,
+    models.axis,
   )
   return choices, dataclasses.replace(scores, logits=scores.logits[:, :0])
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.cycle import decode_cycle
+from d2sd_jax.decoding.placement import WHOLE, model_specs, spread
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.state import DecodeState, Models
+from d2sd_jax.decoding.state import DecodeState, Models, state_specs
 from d2sd_jax.errors import require
 from d2sd_jax.sampling import Sampling
 from d2sd_jax.typing import Array, Int
@@ -48,15 +49,28 @@ def generate(
     UsageError: the mode is unknown or needs other drafters.
   """
   policy = POLICIES[check_mode(mode, models)]
-  last = state.num_cycles + max_cycles
+  models, specs = models.fused(), state_specs(models)
 
-  def unfinished(state):
-    return ~state.finished.all() & (state.num_cycles < last)
+  def run(models, state, sampling, max_cycles):
+    last = state.num_cycles + max_cycles
 
-  def cycle(state):
-    return decode_cycle(models, state, sampling, policy=policy, config=config)
+    def go_on(loop):
+      unfinished, state = loop
+      return unfinished & (state.num_cycles < last)
 
-  return jax.lax.while_loop(unfinished, cycle, state)
+    def cycle(loop):
+      state = decode_cycle(
+        models, loop[1], sampling, policy=policy, config=config
+      )
+      return models.any(~state.finished), state
+
+    loop = models.any(~state.finished), state
+    return jax.lax.while_loop(go_on, cycle, loop)[1]
+
+  everywhere = spread(
+    run, models.mesh, (model_specs(models), specs, WHOLE, WHOLE), specs
+  )
+  return everywhere(models, state, sampling, jnp.int32(max_cycles))
 
 
 def stream(

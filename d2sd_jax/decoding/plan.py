@@ -30,7 +30,7 @@ from d2sd_jax.io.models import (
   read_target_config,
 )
 from d2sd_jax.io.paths import find_checkpoint, user_path
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
 
@@ -75,14 +75,16 @@ class Plan:
         f" {context} less max_new_tokens={c.max_new_tokens}",
       )
 
-  def load_drafters(self) -> tuple[Drafter, ...]:
+  def load_drafters(self) -> tuple[FusedDrafter, ...]:
     """The drafters' weights; a `UsageError` where a file is damaged."""
     return tuple(
-      load_drafter_folder(folder, self.target, self.config.dtype or "float32")
+      load_drafter_folder(
+        folder, self.target, self.config.dtype or "float32"
+      ).fuse()
       for folder in self.drafters
     )
 
-  def role_warnings(self, drafters: Sequence[Drafter]) -> list[str]:
+  def role_warnings(self, drafters: Sequence[FusedDrafter]) -> list[str]:
     """A line for each drafter that was trained for the other's place.
 
     Drafter 1 in both places is a fair experiment (the paper makes it), so
@@ -98,7 +100,7 @@ class Plan:
     ]
 
   def models(
-    self, mode: str, target: LlamaTarget, drafters: Sequence[Drafter]
+    self, mode: str, target: LlamaTarget, drafters: Sequence[FusedDrafter]
   ) -> Models:
     """The target and the drafters that one of the modes uses."""
     used = tuple(drafters[: POLICIES[mode].num_drafters])

@@ -14,6 +14,7 @@ from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.state import DecodeState, Models
 from d2sd_jax.models.drafter import fill_masked
 from d2sd_jax.sampling import draft_samples
+from d2sd_jax.tensor_parallel import best_token, token_ids
 from d2sd_jax.tree import (
   LOOKUP,
   RE_DRAFT,
@@ -97,11 +98,11 @@ def sampled_drafts(
   `draft_samples`); equal prefixes are merged.
   """
   logits = _first_logits(models, state, config)
-  trunk = _with_anchor(state, jnp.argmax(logits, axis=-1))
+  trunk = _with_anchor(state, best_token(logits, models.axis))
   positions = state.lengths[:, None] + 1 + jnp.arange(logits.shape[1])
   count = config.num_branches
   drawn = draft_samples(
-    logits, positions, state.sequence_ids, state.draft_key, count
+    logits, positions, state.sequence_ids, state.draft_key, count, models.axis
   )
   anchors = jnp.repeat(trunk[:, None, :1], count, axis=1)
   paths = jnp.concatenate([anchors, drawn], axis=-1)
@@ -191,8 +192,8 @@ def draft_block(
 ) -> tuple[Int[Array, "B block"], Float[Array, "B slots"]]:
   """Anchor and greedy first draft, and the confidence of each drafted token."""
   logits = _first_logits(models, state, config)
-  trunk = _with_anchor(state, jnp.argmax(logits, axis=-1))
-  return trunk, token_confidence(logits)
+  trunk = _with_anchor(state, best_token(logits, models.axis))
+  return trunk, token_confidence(logits, models.axis)
 
 
 def _first_logits(models, state, config):
@@ -209,7 +210,7 @@ def _first_logits(models, state, config):
 def _with_anchor(state, drafted):
   """The anchor of each row, then its draft: `[B, block]`."""
   anchors = state.anchors[:, None]
-  return jnp.concatenate([anchors, drafted.astype(jnp.int32)], axis=1)
+  return jnp.concatenate([anchors, drafted], axis=1)
 
 
 def _dual_draft(models, state, config, second):
@@ -255,22 +256,22 @@ def redraft(
     hosts, prefix_lengths + 1, models.drafters[index].config.mask_token_id
   )
   logits = denoise(models, state, index, blocks)
-  confidence = token_confidence(logits)
+  confidence = token_confidence(logits, models.axis)
   if config.forbid_repeat:
-    logits = _forbid_repeat(logits, hosts, prefix_lengths)
-  redrafted = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _forbid_repeat(logits, hosts, prefix_lengths, models.axis)
+  redrafted = best_token(logits, models.axis)
   kept = jnp.arange(hosts.shape[-1]) <= prefix_lengths[:, :, None]
   # Slot 0 is the anchor; logits start at slot 1.
   drafted = jnp.concatenate([hosts[:, :, :1], redrafted], axis=-1)
   return jnp.where(kept, hosts, drafted), confidence
 
 
-def _forbid_repeat(logits, hosts, prefix_lengths):
+def _forbid_repeat(logits, hosts, prefix_lengths, axis):
   """Bars each branch's first new slot from its host's token there."""
   slot = jnp.arange(logits.shape[2])
   first = slot == prefix_lengths[:, :, None]
   rejected = hosts[:, :, 1:]
-  vocabulary = jnp.arange(logits.shape[-1])
+  vocabulary = token_ids(logits.shape[-1], axis)
   barred = vocabulary == rejected[..., None]
   return jnp.where(first[..., None] & barred, -jnp.inf, logits)
 

@@ -1,16 +1,26 @@
 """The state of decoding, and its one allocator."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from d2sd_jax.decoding.placement import (
+  ROWS,
+  WHOLE,
+  cache_spec,
+  model_specs,
+  spread,
+)
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 from d2sd_jax.models.cache import KVCache, append
-from d2sd_jax.models.drafter import Drafter, quantize_drafter
+from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.sampling import Sampling, draft_key
+from d2sd_jax.sharding import DATA
 from d2sd_jax.typing import Array, Bool, Float, Int
 from d2sd_jax.verify import target_choices
 
@@ -22,20 +32,41 @@ class Models:
 
   Attributes:
     target: implements `Target`.
-    drafters: drafter 1, then the `vp_drafter`.
+    drafters: drafter 1, then the `vp_drafter`. The loop runs their fused form,
+      and makes it in every call unless `fused` has made it once.
     draft_head: the target's head in int8, for drafts; `None` is the head
       itself.
+    mesh: the devices that the models lie on, split or whole, and that
+      decoding runs on; `None` is one device.
   """
 
   target: Any
-  drafters: tuple[Drafter, ...] = ()
+  drafters: tuple[Any, ...] = ()
   draft_head: QuantizedMatrix | None = None
+  mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+
+  @property
+  def axis(self) -> str | None:
+    """Of the mesh, over whose devices the vocabulary is split."""
+    return getattr(self.target, "axis", None)
+
+  def any(self, flags: Bool[Array, "..."]) -> Bool[Array, ""]:
+    """Whether one is true, in a row of any device."""
+    found = flags.any()
+    if self.mesh is None:
+      return found
+    return jax.lax.psum(found.astype(jnp.int32), DATA) > 0
 
   @property
   def taps(self) -> tuple[int, ...]:
     """Target layers any drafter reads, ascending."""
     ids = (d.config.target_layer_ids for d in self.drafters)
     return tuple(sorted({i for layer_ids in ids for i in layer_ids}))
+
+  def fused(self) -> "Models":
+    """The same models, each `Drafter` fused; others are left as they are."""
+    fuse = lambda d: d.fuse() if isinstance(d, Drafter) else d
+    return dataclasses.replace(self, drafters=tuple(map(fuse, self.drafters)))
 
   def with_int8_drafting(self) -> "Models":
     """Drafters, and the head for drafts only, in int8.
@@ -47,7 +78,7 @@ class Models:
     head = getattr(self.target, "head_weight", None)
     return dataclasses.replace(
       self,
-      drafters=tuple(map(quantize_drafter, self.drafters)),
+      drafters=tuple(drafter.quantize() for drafter in self.fused().drafters),
       draft_head=None if head is None else quantize(head, summed=1),
     )
 
@@ -58,7 +89,7 @@ class Models:
     return matmul("...d,vd->...v", hidden, self.draft_head, jnp.float32)
 
   def features_of(
-    self, drafter: Drafter, features: Float[Array, "B R taps D"]
+    self, drafter: Any, features: Float[Array, "B R taps D"]
   ) -> Float[Array, "B R own_taps D"]:
     """One drafter's own taps among all that were taken."""
     own = [self.taps.index(i) for i in drafter.config.target_layer_ids]
@@ -112,6 +143,17 @@ class DecodeState:
     return jnp.take_along_axis(self.tokens, index, axis=1)[:, 0]
 
 
+def state_specs(models: Models) -> DecodeState:
+  """The `PartitionSpec` of each field of a state, of a cache for all layers."""
+  specs: dict[str, Any] = {
+    field.name: ROWS for field in dataclasses.fields(DecodeState)
+  }
+  specs |= dict.fromkeys(("stop_ids", "num_cycles", "draft_key"), WHOLE)
+  specs["target_cache"] = cache_spec(models.target)
+  specs["drafter_caches"] = tuple(map(cache_spec, models.drafters))
+  return DecodeState(**specs)
+
+
 def prefill(
   models: Models,
   tokens: Int[Array, "B T"],
@@ -142,6 +184,31 @@ def prefill(
     The state before the first cycle; its first new token is the anchor. It may
     share `sequence_ids` and `stop_ids`, which then go when it is donated.
   """
+  models = models.fused()
+  start = spread(
+    functools.partial(_prefill, capacity=capacity),
+    models.mesh,
+    (model_specs(models), ROWS, ROWS, ROWS, ROWS, WHOLE, WHOLE),
+    state_specs(models),
+  )
+  return start(
+    *(models, tokens, prompt_lengths, max_new_tokens, sequence_ids),
+    *(stop_ids, sampling),
+  )
+
+
+def _prefill(
+  models,
+  tokens,
+  prompt_lengths,
+  max_new_tokens,
+  sequence_ids,
+  stop_ids,
+  sampling,
+  *,
+  capacity,
+):
+  """`prefill` of the rows of one device."""
   batch, size = tokens.shape
   output = models.target.prefill(tokens, prompt_lengths, models.taps)
   first = target_choices(
@@ -149,6 +216,7 @@ def prefill(
     prompt_lengths[:, None] - 1,
     sequence_ids,
     sampling,
+    models.axis,
   )
   start = jnp.zeros((batch,), jnp.int32)
   positions = jnp.broadcast_to(jnp.arange(size), tokens.shape)

@@ -16,7 +16,7 @@ from d2sd_jax.eval.prompts import PROMPT_SETS
 from d2sd_jax.eval.tasks import Task, first_turns, with_second_turns
 from d2sd_jax.evaluation import choice_margin
 from d2sd_jax.io.models import load_target, load_tokenizer
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
 
@@ -99,7 +99,7 @@ class Bench:
   config: LadderConfig
   plan: Plan
   target: LlamaTarget
-  drafters: tuple[Drafter, ...]
+  drafters: tuple[FusedDrafter, ...]
   stop_ids: tuple[int, ...]
   tasks: Mapping[str, Task]
 

@@ -41,7 +41,7 @@ from d2sd_jax.io.hf_folder import (
 from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
 from d2sd_jax.io.models import load_target
 from d2sd_jax.io.paths import atomic_write, user_path
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import Drafter, FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
 
@@ -139,7 +139,9 @@ def plain_seconds(folder: Path) -> tuple[float, float, int]:
   return reading, copying, total
 
 
-def random_drafters(target: TargetConfig, dtype: Any) -> tuple[Drafter, ...]:
+def random_drafters(
+  target: TargetConfig, dtype: Any
+) -> tuple[FusedDrafter, ...]:
   """Two drafters of the published shape, with random weights."""
   layers = 5 if target.num_layers >= 10 else 1
   config = DrafterConfig(
@@ -158,11 +160,12 @@ def random_drafters(target: TargetConfig, dtype: Any) -> tuple[Drafter, ...]:
     target_layer_ids=default_target_layer_ids(target.num_layers, layers),
     num_target_layers=target.num_layers,
   )
-  return tuple(Drafter(config, rngs=nnx.Rngs(i), dtype=dtype) for i in range(2))
+  make = lambda seed: Drafter(config, rngs=nnx.Rngs(seed), dtype=dtype).fuse()
+  return make(0), make(1)
 
 
 def decode(
-  target: LlamaTarget, drafters: Sequence[Drafter], mode: str, tokens: int
+  target: LlamaTarget, drafters: Sequence[FusedDrafter], mode: str, tokens: int
 ) -> tuple[list[int], float]:
   """Greedy tokens behind a made-up prompt, and milliseconds per cycle."""
   vocabulary = target.config.vocab_size

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError, require
@@ -16,7 +17,7 @@ from d2sd_jax.io.gguf import load_gguf, target_metadata
 from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_folder import CONFIG_FILE, TensorFolder, read_json
-from d2sd_jax.io.hf_tensors import ShardingRule, target_from_tensors
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.io.hub import FILES, fetch_folder, is_hub_id
 from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.io.template_tokenizer import hf_tokenizer
@@ -71,7 +72,7 @@ def load_target(
   name: str | Path = DEFAULT_TARGET,
   dtype: jax.typing.DTypeLike = jnp.float32,
   implementation: str | None = None,
-  sharding: ShardingRule | None = None,
+  mesh: Mesh | None = None,
 ) -> LlamaTarget:
   """Loads a target onto the default device, one tensor after the other.
 
@@ -79,7 +80,7 @@ def load_target(
     name: see `target_path`.
     dtype: of weights, caches and activations.
     implementation: of `cascade_attention`.
-    sharding: where each weight goes instead; see `target_from_tensors`.
+    mesh: devices that share it instead; see `target_from_tensors`.
 
   Raises:
     UsageError: a file is missing, damaged or of an unknown architecture.
@@ -91,7 +92,7 @@ def load_target(
     config, tensors = read_target_config(path), TensorFolder(path)
   else:
     config, tensors = load_gguf(path)
-  return target_from_tensors(config, tensors, dtype, implementation, sharding)
+  return target_from_tensors(config, tensors, dtype, implementation, mesh)
 
 
 def load_tokenizer(name: str | Path = DEFAULT_TARGET) -> ChatTokenizer:

@@ -3,7 +3,13 @@
 A small Qwen3-style transformer without embedding or head (it borrows the
 target's). Its context is not text but the target's tapped hidden states,
 projected once and injected as keys and values into every layer.
+
+`Drafter` holds the parameters as they are trained and published, one matrix a
+projection. `FusedDrafter` computes, on matrices laid side by side.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,70 +21,37 @@ from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
-  project_kv,
+  LayerWeights,
+  norm_and_rotate,
   rms_norm,
   transformer_block,
 )
+from d2sd_jax.tensor_parallel import num_key_heads
 from d2sd_jax.typing import Array, Float, Int
 
 INIT_STD = 0.02
 
 
-class DrafterLayer(nnx.Module):
-  """Weights of one layer, named as `transformer_block` reads them."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusedDrafter:
+  """A drafter as the decode loop runs it; see `Drafter.fuse`.
 
-  q_bias = k_bias = v_bias = o_bias = sinks = experts = None
-
-  def __init__(
-    self,
-    config: DrafterConfig,
-    rngs: nnx.Rngs,
-    dtype: jax.typing.DTypeLike,
-  ):
-    """Random matrices of standard deviation 0.02; norms of one."""
-    c = config
-    width, mlp = c.hidden_size, c.intermediate_size
-    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrix = lambda *shape: nnx.Param(
-      INIT_STD * jax.random.normal(rngs.params(), shape, dtype)
-    )
-    ones = lambda size: nnx.Param(jnp.ones((size,), dtype))
-    self.input_norm = ones(width)
-    self.q_proj = matrix(width, query)
-    self.k_proj = matrix(width, key)
-    self.v_proj = matrix(width, key)
-    self.o_proj = matrix(query, width)
-    self.q_norm = ones(c.head_dim)
-    self.k_norm = ones(c.head_dim)
-    self.post_norm = ones(width)
-    self.gate_proj = matrix(width, mlp)
-    self.up_proj = matrix(width, mlp)
-    self.down_proj = matrix(mlp, width)
-
-
-class Drafter(nnx.Module):
-  """Drafter 1 (DFlash) or drafter 2 (variable prefix), by its weights.
-
-  The module is a pytree: pass it to jitted functions as it is.
+  Attributes:
+    fc: projects a token's tap features.
+    context_proj: keys and values of a context token for all layers, the
+      columns of one layer after another's: its keys, then its values.
+    layers: the blocks, `qkv_proj` for the slots alone.
+    axis: of a mesh, over whose devices the weights are split; as of a target.
   """
 
-  def __init__(
-    self,
-    config: DrafterConfig,
-    *,
-    rngs: nnx.Rngs,
-    dtype: jax.typing.DTypeLike = jnp.float32,
-  ):
-    """Random weights, to be trained or replaced."""
-    self.config = config
-    taps, width = len(config.target_layer_ids), config.hidden_size
-    matrix = jax.random.normal(rngs.params(), (taps * width, width), dtype)
-    self.fc = nnx.Param(INIT_STD * matrix)
-    self.hidden_norm = nnx.Param(jnp.ones((width,), dtype))
-    self.norm = nnx.Param(jnp.ones((width,), dtype))
-    self.layers = nnx.List(
-      [DrafterLayer(config, rngs, dtype) for _ in range(config.num_layers)]
-    )
+  fc: Float[Array, "F D"]
+  hidden_norm: Float[Array, " D"]
+  context_proj: Float[Array, "D all"]
+  layers: tuple[LayerWeights, ...]
+  norm: Float[Array, " D"]
+  config: DrafterConfig = dataclasses.field(metadata={"static": True})
+  axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -88,7 +61,8 @@ class Drafter(nnx.Module):
   def init_cache(self, batch_size: int, capacity: int) -> KVCache:
     """A cache of zeros for the context of `capacity` tokens per row."""
     config = self.config
-    shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+    heads = num_key_heads(config, self.axis)
+    shape = (batch_size, heads, capacity, config.head_dim)
     return KVCache.zeros(config.num_layers, shape, self.dtype)
 
   def context_kv(
@@ -97,6 +71,9 @@ class Drafter(nnx.Module):
     positions: Int[Array, "B T"],
   ) -> KVCache:
     """Keys and values of context tokens, for every layer (KV injection).
+
+    They take the same projections as a block's own slots, but no layer's input
+    norm; values have no norm and no RoPE.
 
     Args:
       features: the target's hidden states after `target_layer_ids`, in order.
@@ -108,9 +85,21 @@ class Drafter(nnx.Module):
     config = self.config
     features = rearrange(features, "b t taps d -> b t (taps d)")
     context = matmul("btf,fd->btd", features.astype(self.dtype), self.fc)
-    context = rms_norm(context, self.hidden_norm[...], config.rms_norm_eps)
+    context = rms_norm(context, self.hidden_norm, config.rms_norm_eps)
+    heads = rearrange(
+      matmul("btd,do->bto", context, self.context_proj),
+      "b t (layers two j h) -> b t two layers j h",
+      layers=config.num_layers,
+      two=2,
+      h=config.head_dim,
+    )
+    norms = jnp.stack([jnp.asarray(layer.k_norm) for layer in self.layers])
+    keys = norm_and_rotate(
+      heads[:, :, 0], norms[:, None], positions[..., None], config
+    )
+    values = heads[:, :, 1]
     return KVCache.from_layers(
-      project_kv(layer, context, positions, config) for layer in self.layers
+      (keys[:, :, i], values[:, :, i]) for i in range(config.num_layers)
     )
 
   def __call__(
@@ -148,19 +137,119 @@ class Drafter(nnx.Module):
         None,
         self.config,
         implementation,
+        axis=self.axis,
       )
-    return rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+    return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+  def quantize(self) -> "FusedDrafter":
+    """The drafter with all matrices in int8; its norms are shared."""
+    # Each sums over its rows. Norms are vectors; there are no biases.
+    return jax.tree.map(
+      lambda x: quantize(x, summed=0) if x.ndim == 2 else x, self
+    )
 
 
-def quantize_drafter(drafter: Drafter) -> Drafter:
-  """The drafter with all matrices in int8; its norms are shared."""
-  # Mapping makes new modules, and leaves the drafter that was given alone.
-  new = jax.tree.map(lambda x: x, drafter)
-  for module in (new, *new.layers):
-    for name, value in list(vars(module).items()):
-      if isinstance(value, nnx.Param) and value.ndim == 2:
-        setattr(module, name, nnx.data(quantize(value[...], summed=0)))
-  return new
+class DrafterLayer(nnx.Module):
+  """Parameters of one layer, under the names of the published format."""
+
+  def __init__(
+    self,
+    config: DrafterConfig,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike,
+  ):
+    """Random matrices of standard deviation 0.02; norms of one."""
+    c = config
+    width, mlp = c.hidden_size, c.intermediate_size
+    query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrix = lambda *shape: nnx.Param(
+      INIT_STD * jax.random.normal(rngs.params(), shape, dtype)
+    )
+    ones = lambda size: nnx.Param(jnp.ones((size,), dtype))
+    self.input_norm = ones(width)
+    self.q_proj = matrix(width, query)
+    self.k_proj = matrix(width, key)
+    self.v_proj = matrix(width, key)
+    self.o_proj = matrix(query, width)
+    self.q_norm = ones(c.head_dim)
+    self.k_norm = ones(c.head_dim)
+    self.post_norm = ones(width)
+    self.gate_proj = matrix(width, mlp)
+    self.up_proj = matrix(width, mlp)
+    self.down_proj = matrix(mlp, width)
+
+  def fuse(self) -> LayerWeights:
+    """The layer as `transformer_block` reads it."""
+    kept = ("input_norm", "o_proj", "q_norm", "k_norm", "post_norm")
+    return LayerWeights(
+      qkv_proj=_side_by_side(self.q_proj, self.k_proj, self.v_proj),
+      gate_up_proj=_side_by_side(self.gate_proj, self.up_proj),
+      down_proj=self.down_proj[...],
+      **{name: getattr(self, name)[...] for name in kept},
+    )
+
+
+class Drafter(nnx.Module):
+  """Drafter 1 (DFlash) or drafter 2 (variable prefix), by its weights.
+
+  The module is a pytree: pass it to jitted functions as it is. Where a drafter
+  is called in several places, or again and again, fuse it once before.
+  """
+
+  def __init__(
+    self,
+    config: DrafterConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+  ):
+    """Random weights, to be trained or replaced."""
+    self.config = config
+    taps, width = len(config.target_layer_ids), config.hidden_size
+    matrix = jax.random.normal(rngs.params(), (taps * width, width), dtype)
+    self.fc = nnx.Param(INIT_STD * matrix)
+    self.hidden_norm = nnx.Param(jnp.ones((width,), dtype))
+    self.norm = nnx.Param(jnp.ones((width,), dtype))
+    self.layers = nnx.List(
+      [DrafterLayer(config, rngs, dtype) for _ in range(config.num_layers)]
+    )
+
+  def fuse(self) -> FusedDrafter:
+    """The same weights as the decode loop wants them.
+
+    What computes is the fused form alone; under `jit` the copies this makes are
+    small beside a training step, and for decoding they are made once.
+    """
+    context = [p for layer in self.layers for p in (layer.k_proj, layer.v_proj)]
+    return FusedDrafter(
+      fc=self.fc[...],
+      hidden_norm=self.hidden_norm[...],
+      context_proj=_side_by_side(*context),
+      layers=tuple(layer.fuse() for layer in self.layers),
+      norm=self.norm[...],
+      config=self.config,
+    )
+
+  def init_cache(self, batch_size: int, capacity: int) -> KVCache:
+    """See `FusedDrafter.init_cache`."""
+    return self.fuse().init_cache(batch_size, capacity)
+
+  def context_kv(
+    self,
+    features: Float[Array, "B T taps D"],
+    positions: Int[Array, "B T"],
+  ) -> KVCache:
+    """See `FusedDrafter.context_kv`."""
+    return self.fuse().context_kv(features, positions)
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "B G block D"]:
+    """See `FusedDrafter.__call__`."""
+    return self.fuse()(*args, **kwargs)
+
+
+def _side_by_side(*matrices: nnx.Param) -> Float[Array, "D all"]:
+  """Matrices of one input as a single one."""
+  return jnp.concatenate([matrix[...] for matrix in matrices], axis=1)
 
 
 def fill_masked(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from d2sd_jax.kernels.dot import dot_float32, matmul
+from d2sd_jax.tensor_parallel import sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
 # Slope of the gate's sigmoid: x sigmoid(1.702 x) approximates GELU.
@@ -39,12 +40,17 @@ class Experts:
 
 
 def mix_experts(
-  experts: Experts, x: Float[Array, "*positions D"]
+  experts: Experts, x: Float[Array, "*positions D"], axis: str | None = None
 ) -> Float[Array, "*positions D"]:
   """Each token's `top_k` experts, weighed by a softmax over their scores.
 
   With few rows only the chosen experts' weights are read; with more, all of
   them, once, as a tree's rows choose nearly all.
+
+  Args:
+    experts: the experts; every device of a mesh has a part of each.
+    x: hidden states.
+    axis: of the mesh, over whose devices the inner widths are split.
   """
   rows = x.reshape(-1, x.shape[-1])
   count, num_experts = len(rows), len(experts.gate_proj)
@@ -53,9 +59,9 @@ def mix_experts(
   mix = _mix_chosen if few else _mix_all
   if count > MAX_ROWS and count % MAX_ROWS == 0:
     slices = rearrange(rows, "(c n) d -> c n d", n=MAX_ROWS)
-    output = jax.lax.map(lambda part: mix(experts, part), slices)
+    output = jax.lax.map(lambda part: mix(experts, part, axis), slices)
   else:
-    output = mix(experts, rows)
+    output = mix(experts, rows, axis)
   return output.reshape(x.shape)
 
 
@@ -69,7 +75,7 @@ def route(
   return chosen, jax.nn.softmax(top, axis=-1)
 
 
-def _mix_all(experts, rows):
+def _mix_all(experts, rows, axis):
   """Every expert on every row, weighed by 0 where it was not chosen."""
   chosen, shares = route(experts, rows)
   one_hot = jax.nn.one_hot(chosen, len(experts.gate_proj), dtype=shares.dtype)
@@ -80,10 +86,11 @@ def _mix_all(experts, rows):
     experts.limit,
   )
   output = matmul("nem,emd->nd", hidden * shares[..., None], experts.down_proj)
-  return output + matmul("ne,ed->nd", shares, experts.down_bias)
+  bias = matmul("ne,ed->nd", shares, experts.down_bias)
+  return sum_parts(output, axis) + bias
 
 
-def _mix_chosen(experts, rows):
+def _mix_chosen(experts, rows, axis):
   """The chosen experts' weights gathered row by row."""
   chosen, shares = route(experts, rows)
   shares = shares.astype(rows.dtype)
@@ -96,7 +103,8 @@ def _mix_chosen(experts, rows):
   )
   hidden = hidden * shares[..., None]
   output = matmul("nkm,nkmd->nd", hidden, pick(experts.down_proj))
-  return output + matmul("nk,nkd->nd", shares, pick(experts.down_bias))
+  bias = matmul("nk,nkd->nd", shares, pick(experts.down_bias))
+  return sum_parts(output, axis) + bias
 
 
 def _gated(gate, up, limit):

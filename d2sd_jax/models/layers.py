@@ -1,6 +1,7 @@
 """The transformer block that targets and drafters share."""
 
-from typing import Any, Protocol
+import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ from einops import rearrange
 
 from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
 from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.models.experts import mix_experts
+from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, rotate
+from d2sd_jax.tensor_parallel import sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
 
@@ -26,6 +28,35 @@ class BlockConfig(Protocol):
   def rms_norm_eps(self) -> float: ...  # noqa: D102
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+  """One layer; matrices are `[in, out]`, and `None` is not there.
+
+  What is multiplied with the same input lies in one matrix, for a product of
+  a few rows costs as much as the read of its weights and a launch.
+
+  Attributes:
+    qkv_proj: columns of all query heads, then of the keys', then the values'.
+    gate_up_proj: columns of the gate, then of what it gates.
+    sinks: see `cascade_attention`.
+    experts: in the place of `gate_up_proj` and `down_proj`.
+  """
+
+  input_norm: Float[Array, " D"]
+  qkv_proj: Float[Array, "D heads"]
+  o_proj: Float[Array, "NH D"]
+  q_norm: Float[Array, " H"] | None
+  k_norm: Float[Array, " H"] | None
+  post_norm: Float[Array, " D"]
+  gate_up_proj: Float[Array, "D both"] | None
+  down_proj: Float[Array, "M D"] | None
+  qkv_bias: Float[Array, " heads"] | None = None
+  o_bias: Float[Array, " D"] | None = None
+  sinks: Float[Array, " N"] | None = None
+  experts: Experts | None = None
+
+
 def rms_norm(
   x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
@@ -35,43 +66,20 @@ def rms_norm(
   return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def _project(x, matrix, bias):
-  """x W, and its bias where there is one."""
-  out = matmul("...d,do->...o", x, matrix)
-  return out if bias is None else out + bias
-
-
-def _heads(x, projection, bias, head_dim):
-  """Projects to heads of `head_dim`."""
-  out = _project(x, projection, bias)
-  return rearrange(out, "... (n h) -> ... n h", h=head_dim)
-
-
-def _norm_and_rotate(x, norm, positions, config):
+def norm_and_rotate(
+  x: Float[Array, "*positions heads H"],
+  norm: Float[Array, "#heads H"] | Float[Array, " H"] | None,
+  positions: Int[Array, "*positions"],
+  config: BlockConfig,
+) -> Float[Array, "*positions heads H"]:
   """QK-norm where the block has one, then RoPE."""
   if norm is not None:
     x = rms_norm(x, norm, config.rms_norm_eps)
   return rotate(x, positions, config.rope_theta, config.rope_scaling)
 
 
-def project_kv(
-  weights: Any,
-  x: Float[Array, "*positions D"],
-  positions: Int[Array, "*positions"],
-  config: BlockConfig,
-) -> tuple[Float[Array, "*positions J H"], Float[Array, "*positions J H"]]:
-  """Keys (normed and rotated) and values (neither) of one layer.
-
-  A drafter calls this for its context features too: they take the same
-  projections as the block's own slots, but not the layer's input norm.
-  """
-  keys = _heads(x, weights.k_proj, weights.k_bias, config.head_dim)
-  values = _heads(x, weights.v_proj, weights.v_bias, config.head_dim)
-  return _norm_and_rotate(keys, weights.k_norm, positions, config), values
-
-
 def transformer_block(
-  weights: Any,
+  weights: LayerWeights,
   x: Float[Array, "B G R D"],
   positions: Int[Array, "B G R"],
   prefix: tuple[Float[Array, "B J S H"], Float[Array, "B J S H"]],
@@ -80,6 +88,7 @@ def transformer_block(
   config: BlockConfig,
   implementation: str | None = None,
   prefix_start: Int[Array, "B G R"] | None = None,
+  axis: str | None = None,
 ) -> tuple[
   Float[Array, "B G R D"],
   tuple[Float[Array, "B G R J H"], Float[Array, "B G R J H"]],
@@ -87,11 +96,7 @@ def transformer_block(
   """Pre-norm attention over prefix and tree, then SwiGLU or experts.
 
   Args:
-    weights: one layer; any object with `input_norm, q_proj, k_proj, v_proj,
-      o_proj, q_norm, k_norm, post_norm, gate_proj, up_proj, down_proj, q_bias,
-      k_bias, v_bias, o_bias, sinks, experts`; matrices are `[in, out]`. Norms
-      of queries and keys, biases, sinks and experts may be `None`; where there
-      are experts, the three matrices of SwiGLU are not read.
+    weights: one layer.
     x: hidden states of G groups of R nodes.
     positions: absolute positions, for RoPE.
     prefix: keys and values of this layer's cache.
@@ -100,14 +105,16 @@ def transformer_block(
     config: head size, RoPE and norm epsilon.
     implementation: see `cascade_attention`.
     prefix_start: see `cascade_attention`.
+    axis: of a mesh, over whose devices the layer is split: heads and inner
+      width are the device's own, and two sums make the states whole.
 
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
   h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
-  query = _heads(h, weights.q_proj, weights.q_bias, config.head_dim)
-  query = _norm_and_rotate(query, weights.q_norm, positions, config)
-  keys, values = project_kv(weights, h, positions, config)
+  query, keys, values = _attention_inputs(
+    weights, h, positions, prefix[0].shape[1], config
+  )
   attended = cascade_attention(
     query,
     *prefix,
@@ -120,15 +127,37 @@ def transformer_block(
     implementation=implementation,
   )
   attended = rearrange(attended, "... n h -> ... (n h)")
-  x = x + _project(attended, weights.o_proj, weights.o_bias)
+  attended = sum_parts(matmul("...d,do->...o", attended, weights.o_proj), axis)
+  x = x + _add_bias(attended, weights.o_bias)
   h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
-  return x + _feed_forward(weights, h), (keys, values)
+  return x + _feed_forward(weights, h, axis), (keys, values)
 
 
-def _feed_forward(weights, x):
+def _add_bias(x, bias):
+  """x and its bias, where there is one."""
+  return x if bias is None else x + bias
+
+
+def _attention_inputs(weights, x, positions, num_kv_heads, config):
+  """Queries, keys and values of one product; values have no norm, no RoPE."""
+  heads = matmul("...d,do->...o", x, weights.qkv_proj)
+  heads = _add_bias(heads, weights.qkv_bias)
+  heads = rearrange(heads, "... (n h) -> ... n h", h=config.head_dim)
+  num_heads = heads.shape[-2] - 2 * num_kv_heads
+  query, keys, values = jnp.split(
+    heads, (num_heads, num_heads + num_kv_heads), axis=-2
+  )
+  query = norm_and_rotate(query, weights.q_norm, positions, config)
+  keys = norm_and_rotate(keys, weights.k_norm, positions, config)
+  return query, keys, values
+
+
+def _feed_forward(weights, x, axis):
   """SwiGLU, or a mixture of experts where the layer has them."""
   if weights.experts is not None:
-    return mix_experts(weights.experts, x)
-  gate = jax.nn.silu(matmul("...d,dm->...m", x, weights.gate_proj))
-  up = matmul("...d,dm->...m", x, weights.up_proj)
-  return matmul("...m,md->...d", gate * up, weights.down_proj)
+    return mix_experts(weights.experts, x, axis)
+  gate, up = jnp.split(
+    matmul("...d,dm->...m", x, weights.gate_up_proj), 2, axis=-1
+  )
+  output = matmul("...m,md->...d", jax.nn.silu(gate) * up, weights.down_proj)
+  return sum_parts(output, axis)

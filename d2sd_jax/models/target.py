@@ -13,8 +13,12 @@ from d2sd_jax.config import TargetConfig
 from d2sd_jax.kernels.cascade_attention import CAUSAL, LocalMask
 from d2sd_jax.kernels.dot import dot_float32
 from d2sd_jax.models.cache import KVCache
-from d2sd_jax.models.experts import Experts
-from d2sd_jax.models.layers import rms_norm, transformer_block
+from d2sd_jax.models.layers import (
+  LayerWeights,
+  rms_norm,
+  transformer_block,
+)
+from d2sd_jax.tensor_parallel import bar_padding, look_up, num_key_heads
 from d2sd_jax.tree import PrefixTree, ancestor_mask
 from d2sd_jax.typing import Array, Float, Int
 
@@ -78,30 +82,6 @@ class Target(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-  """One layer; matrices are `[in, out]`, and `None` is not there."""
-
-  input_norm: Float[Array, " D"]
-  q_proj: Float[Array, "D NH"]
-  k_proj: Float[Array, "D JH"]
-  v_proj: Float[Array, "D JH"]
-  o_proj: Float[Array, "NH D"]
-  q_norm: Float[Array, " H"] | None
-  k_norm: Float[Array, " H"] | None
-  post_norm: Float[Array, " D"]
-  gate_proj: Float[Array, "D M"] | None
-  up_proj: Float[Array, "D M"] | None
-  down_proj: Float[Array, "M D"] | None
-  q_bias: Float[Array, " NH"] | None = None
-  k_bias: Float[Array, " JH"] | None = None
-  v_bias: Float[Array, " JH"] | None = None
-  o_bias: Float[Array, " D"] | None = None
-  sinks: Float[Array, " N"] | None = None
-  experts: Experts | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaTarget:
   """A decoder-only transformer; implements `Target`.
 
@@ -109,6 +89,8 @@ class LlamaTarget:
     embedding: also the head where `lm_head` is `None` (tied).
     lm_head: `[V, D]`.
     implementation: of `cascade_attention`.
+    axis: of a mesh, over whose devices the weights are split; its methods then
+      run inside of a `shard_map`. See `d2sd_jax.tensor_parallel`.
   """
 
   embedding: Float[Array, "V D"]
@@ -119,6 +101,7 @@ class LlamaTarget:
   implementation: str | None = dataclasses.field(
     default=None, metadata={"static": True}
   )
+  axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   @property
   def head_weight(self) -> Float[Array, "V D"]:
@@ -128,17 +111,19 @@ class LlamaTarget:
   def init_cache(self, batch_size: int, capacity: int) -> KVCache:
     """See `Target.init_cache`."""
     config = self.config
-    shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
+    heads = num_key_heads(config, self.axis)
+    shape = (batch_size, heads, capacity, config.head_dim)
     return KVCache.zeros(config.num_layers, shape, self.embedding.dtype)
 
   def embed(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n D"]:
     """See `Target.embed`."""
-    return jnp.take(self.embedding, tokens, axis=0)
+    return look_up(self.embedding, tokens, self.axis)
 
   def head(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
-    """See `Target.head`."""
+    """See `Target.head`; of a split head the device's own tokens."""
     weight = self.head_weight
-    return dot_float32("...d,vd->...v", hidden.astype(weight.dtype), weight)
+    logits = dot_float32("...d,vd->...v", hidden.astype(weight.dtype), weight)
+    return bar_padding(logits, self.config.vocab_size, self.axis)
 
   def prefill(
     self,
@@ -213,6 +198,7 @@ class LlamaTarget:
         self.config,
         self.implementation,
         start,
+        self.axis,
       )
       new_kv.append((kv[0][:, 0], kv[1][:, 0]))
       if i in taps:

@@ -110,6 +110,7 @@ def block_hidden(
   Returns:
     The slots, and if it is wanted the target as their teacher.
   """
+  fused = drafter.fuse()
   own = drafter.config.target_layer_ids
   last = drafter.config.num_target_layers - 1
   taps = tuple(sorted({*own, last})) if distill else own
@@ -118,11 +119,11 @@ def block_hidden(
   )
   teacher = _teacher(target, features[:, :, -1], blocks) if distill else None
   index = jnp.arange(batch.tokens.shape[1])
-  context = drafter.context_kv(
+  context = fused.context_kv(
     features[:, :, : len(own)],
     jnp.broadcast_to(index, batch.tokens.shape),
   )
-  hidden = drafter(
+  hidden = fused(
     target.embed(blocks.inputs), blocks.positions, context, blocks.anchors
   )
   return hidden[:, :, 1:], teacher
