@@ -8,7 +8,7 @@ import numpy as np
 
 from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.session import Answer, Request, Session
-from d2sd_jax.eval.results import finite, interval
+from d2sd_jax.eval.results_file import finite, interval
 from d2sd_jax.eval.tasks import Task, sha256
 from d2sd_jax.evaluation import (
   TIE_MARGIN,
