@@ -343,13 +343,12 @@ def _choose(
 def _describe(name: str, arms: Mapping[str, Arm], base: TrainConfig) -> str:
   """An arm in words."""
   arm = arms[name]
-  told, plain = changes(arm, base), "the base"
+  told, start = changes(arm, base), "base"
   if not arm.is_trained:
-    tree = vars(arms[arm.trained_as].tree)
+    start, tree = arm.trained_as, vars(arms[arm.trained_as].tree)
     told = {k: v for k, v in vars(arm.tree).items() if v != tree[k]}
-    plain = f"decodes as {arm.trained_as}"
-  said = ", ".join(f"{k}={v!r}" for k, v in told.items()) or plain
-  return f"{name}: {said}"
+  said = [f"{k}={v!r}" for k, v in told.items()]
+  return f"{name}: {', '.join([start, *said])}"
 
 
 def _check_export(folder: Path, row: Row) -> None:

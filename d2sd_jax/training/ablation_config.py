@@ -166,12 +166,11 @@ def make_arms(config: AblationConfig, base: TrainConfig) -> dict[str, Arm]:
       _check_needs(arm, arms)
   needs = {name: arm.needs for name, arm in arms.items()}
   try:
-    return {
-      n: arms[n] for n in graphlib.TopologicalSorter(needs).static_order()
-    }
+    order = [*graphlib.TopologicalSorter(needs).static_order()]
   except graphlib.CycleError as error:
     circle = ", ".join(error.args[1])
     raise UsageError(f"arms: {circle} need each other's drafters") from error
+  return {name: arms[name] for name in order}
 
 
 def load_base(config: AblationConfig) -> TrainConfig:
