@@ -117,13 +117,13 @@ def finite(value: float, digits: int = 5) -> float | None:
   return round(value, digits) if math.isfinite(value) else None
 
 
-def alpha_cell(row: Row | None) -> str:
+def alpha_cell(row: Row | None, digits: int = 2) -> str:
   """α without tails and its interval, as a table shows them."""
   if row is None:
     return "-"
-  low, high = map(number, row["ci95_cut"])
-  alpha, whole = number(row["alpha_cut"]), number(row["alpha"])
-  return f"{alpha} [{low}, {high}] ({whole})"
+  shown = lambda value: number(value, digits)
+  low, high = map(shown, row["ci95_cut"])
+  return f"{shown(row['alpha_cut'])} [{low}, {high}] ({shown(row['alpha'])})"
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -157,9 +157,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     f"α: tokens committed per cycle, T=0, {decoding['max_new_tokens']} new"
     f" tokens behind {decoding['num_prompts']} held-out prompts, periodic tails"
     " cut [bootstrap 95 % interval over prompts] (over all tokens). Difference:"
-    " to the first arm, paired by prompt, with its interval. Simulated α: over"
-    " all anchors of held-out answers. Losses are told apart by kind and"
-    " weights, and compare only where those are equal.",
+    " to the first arm, paired by prompt [its interval]. Simulated α: over all"
+    " anchors of held-out answers. Losses compare only where their kind and"
+    " their weights are the same.",
   ]
   for group, entries in results["groups"].items():
     lines = [
@@ -184,7 +184,7 @@ def _line(entry: Row, row: Row, devices: Sequence[str]) -> list[str]:
   where = f" ({row['device']})" if len(devices) > 1 else ""
   return [
     f"`{entry['arm']}`",
-    alpha_cell(row),
+    alpha_cell(row, 3),
     "-" if difference is None else f"{_signed(difference)} [{low}, {high}]",
     number(row["heldout_alpha"], 3),
     number(row["loss"], 3),
