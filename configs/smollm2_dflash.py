@@ -5,8 +5,8 @@ First let the target write a corpus (see `corpus_smollm2.py`), then distill:
     python -m d2sd_jax.training.corpus --config=configs/corpus_smollm2.py
     python train.py --config=configs/smollm2_dflash.py --workdir=runs/dflash
 
-The drafter is exported to `runs/dflash/export`. What this reached, and how
-long it took on which device, stands in the drafter's model card,
+The drafter is exported to `runs/dflash/export`. How the one that ships
+was made and what it reaches stands in its model card,
 `checkpoints/smollm2-135m-dflash/README.md`.
 """
 

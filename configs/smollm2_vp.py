@@ -5,8 +5,8 @@ starts:
 
     python train.py --config=configs/smollm2_vp.py --workdir=runs/vp
 
-The drafter is exported to `runs/vp/export`. What this reached, and how long it
-took on which device, stands in the drafter's model card,
+The drafter is exported to `runs/vp/export`. How the one that ships was made
+and what it reaches stands in its model card,
 `checkpoints/smollm2-135m-vp/README.md`.
 """
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from d2sd_jax import cli
-from d2sd_jax.training import ablation
+from d2sd_jax.training import ablation, ablation_arms
 from d2sd_jax.training.ablation_config import (
   AblationConfig,
   load_base,
@@ -105,7 +105,7 @@ def _bytes(folder):
 
 def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   seen = []
-  read, decode = Batches.__getitem__, ablation.decode_arm
+  read, decode = Batches.__getitem__, ablation_arms.decode_arm
 
   def record(batches, step):
     batch = read(batches, step)
@@ -118,7 +118,7 @@ def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
     return decode(lab, arm)
 
   monkeypatch.setattr(Batches, "__getitem__", record)
-  monkeypatch.setattr(ablation, "decode_arm", stop_at_the_third)
+  monkeypatch.setattr(ablation_arms, "decode_arm", stop_at_the_third)
   out = tmp_path / "new" / "r.json"
   assert run()[0] == 130
   # Each arm looks at the first batch once more, to compile.
@@ -140,7 +140,7 @@ def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   assert entry["difference"] == pytest.approx(difference, abs=2e-5)
 
   # Nothing that is there is measured again, and --minutes begins no arm.
-  monkeypatch.setattr(ablation, "decode_arm", decode)
+  monkeypatch.setattr(ablation_arms, "decode_arm", decode)
   before = out.read_bytes()
   status, _, errors = run("--minutes=1e-9")
   assert (status, "2 arms are left" in errors) == (0, True)
@@ -163,6 +163,7 @@ def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   ]
   before = _bytes(tmp_path / "new")
   assert "has all of these arms" in run()[1]
+  assert _bytes(tmp_path / "new") == before
 
   # What is not the same is refused, and nothing overwritten.
   for flags, told in (
@@ -201,6 +202,14 @@ def test_a_foreign_file_and_a_lost_drafter_are_refused(run, tmp_path):
   assert (status, errors.count("\n")) == (2, 1)
   assert f"{weights} sha256=None" in errors
   assert _bytes(tmp_path / "new") == before
+  # A folder of something else, a run of `train.py` say, is left alone.
+  other = tmp_path / "new" / "r" / "exponential" / "config.json"
+  other.parent.mkdir()
+  other.write_text("{}")
+  status, _, errors = run("--arms=exponential")
+  assert (status, errors.count("\n")) == (2, 1)
+  assert f"out='{other.parent}'" in errors
+  assert other.read_text() == "{}"
 
 
 @pytest.mark.parametrize(
@@ -240,8 +249,12 @@ def test_a_foreign_file_and_a_lost_drafter_are_refused(run, tmp_path):
 def test_mistakes_are_one_line_and_told_first(
   run, flags, told, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(ablation, "load_target", lambda *_: pytest.fail("loaded"))
-  monkeypatch.setattr(ablation, "read_data", lambda *_: pytest.fail("read"))
+  monkeypatch.setattr(
+    ablation_arms, "load_target", lambda *_: pytest.fail("loaded")
+  )
+  monkeypatch.setattr(
+    ablation_arms, "read_data", lambda *_: pytest.fail("read")
+  )
   status, _, errors = run(*flags)
   assert (status, errors.count("\n")) == (2, 1)
   assert told in errors

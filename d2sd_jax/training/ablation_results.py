@@ -144,19 +144,20 @@ def compare(name: str, baseline: str, rows: Mapping[str, Row]) -> Row:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-  """A table for each group."""
+  """A table for each group of which two arms are measured."""
   meta = results["meta"]
-  base, decoding = meta["base"], meta["decoding"]
+  base, new = meta["base"], meta["decoding"]["max_new_tokens"]
   rows = {row["arm"]: row for row in results["rows"]}
   devices = list(dict.fromkeys(row["device"] for row in rows.values()))
+  prompts = max((len(row["counts"]) for row in rows.values()), default=0)
   parts = [
     f"# Ablation: {meta['target']['name']}",
     f"{', '.join(devices)}; {base['num_steps']} steps of"
     f" {base['batch_size']} conversations, the same for all arms;"
     f" {base['dtype']}.",
-    f"α: tokens committed per cycle, T=0, {decoding['max_new_tokens']} new"
-    f" tokens behind {decoding['num_prompts']} held-out prompts, periodic tails"
-    " cut [bootstrap 95 % interval over prompts] (over all tokens). Difference:"
+    f"α: tokens committed per cycle, T=0, {new} new tokens behind {prompts}"
+    " held-out prompts, periodic tails cut [bootstrap 95 % interval over"
+    " prompts] (over all tokens). Difference:"
     " to the first arm, paired by prompt [its interval]. Simulated α: over all"
     " anchors of held-out answers. Losses compare only where their kind and"
     " their weights are the same.",
@@ -167,7 +168,7 @@ def markdown(results: Mapping[str, Any]) -> str:
       for entry in entries
       if entry["arm"] in rows
     ]
-    if lines:
+    if len(lines) > 1:
       parts += [f"## {group}", table(_TITLES, lines)]
   return "\n\n".join(parts) + "\n"
 
