@@ -15,11 +15,9 @@ on several hosts; the result does not depend on either.
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
-import math
 import os
 import signal
 import time
@@ -32,32 +30,16 @@ if __name__ == "__main__":
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.sharding import Mesh
 from rich.console import Console
 
 from d2sd_jax import cli, distributed
-from d2sd_jax.config import (
-  DrafterConfig,
-  TargetConfig,
-  TrainConfig,
-  default_target_layer_ids,
-)
-from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.drafter_format import read_drafter_config, save_drafter
-from d2sd_jax.io.models import (
-  load_drafter,
-  load_target,
-  load_tokenizer,
-  read_target_config,
-)
-from d2sd_jax.io.paths import atomic_write, find_checkpoint, user_path
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.config import TrainConfig
+from d2sd_jax.errors import UsageError
+from d2sd_jax.io.drafter_format import save_drafter
+from d2sd_jax.io.models import load_target, load_tokenizer
+from d2sd_jax.io.paths import atomic_write, user_path
 from d2sd_jax.progress import progress_bar
 from d2sd_jax.sharding import (
-  batch_shards,
-  gather,
   local_rows,
   make_mesh,
   replicate,
@@ -70,105 +52,27 @@ from d2sd_jax.training.checkpoint import (
   check_workdir,
   plain_config,
 )
-from d2sd_jax.training.data import (
-  eval_batches,
-  make_dataset,
-  read_conversations,
-)
+from d2sd_jax.training.data import make_dataset
 from d2sd_jax.training.flops import step_flops
+from d2sd_jax.training.run import (
+  check_config,
+  evaluate,
+  init_drafter,
+  read_data,
+  trained_drafter,
+)
 from d2sd_jax.training.step import (
-  eval_step,
   init_train_state,
   learning_rate_schedule,
   train_step,
 )
 
-# Least rows evaluated by one call; each row is all anchors of one sequence.
-EVAL_BATCH = 16
-
-
-def drafter_config(config: TrainConfig, target: TargetConfig) -> DrafterConfig:
-  """A drafter shaped like the target's layers, only fewer of them."""
-  ids = config.target_layer_ids or default_target_layer_ids(
-    target.num_layers, config.num_layers, "num_layers"
-  )
-  return DrafterConfig(
-    vocab_size=target.vocab_size,
-    hidden_size=target.hidden_size,
-    intermediate_size=target.intermediate_size,
-    num_layers=config.num_layers,
-    num_heads=target.num_heads,
-    num_kv_heads=target.num_kv_heads,
-    head_dim=target.head_dim,
-    rope_theta=target.rope_theta,
-    rms_norm_eps=1e-6,
-    max_length=target.max_length,
-    block_size=config.block_size,
-    mask_token_id=config.mask_token_id,
-    target_layer_ids=ids,
-    num_target_layers=target.num_layers,
-    training_mode=config.role,
-    prefix_weight_base=config.prefix_decay,
-  )
-
-
-def init_drafter(config: TrainConfig, target: TargetConfig) -> Drafter:
-  """Random weights, or those of `init_from` under this run's config."""
-  wanted = drafter_config(config, target)
-  if config.init_from is None:
-    return Drafter(wanted, rngs=nnx.Rngs(config.seed))
-  drafter = load_drafter(config.init_from, target)
-  drafter.config = wanted
-  return drafter
-
-
-def evaluate(
-  graphdef, params, target, records, config: TrainConfig, mesh: Mesh
-) -> dict:
-  """α simulated over all anchors, and accuracy by slot, on held-out data."""
-  sums, shards = None, batch_shards(mesh.shape)
-  for batch in eval_batches(records, math.ceil(EVAL_BATCH / shards) * shards):
-    batch = shard_batch(mesh, batch)
-    part = eval_step(graphdef, params, target, batch, config=config, mesh=mesh)
-    sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-  sums = jax.device_get(sums)
-  by_slot = sums["correct"] / sums["supervised"].clip(1)
-  return {
-    "heldout_alpha": 1 + float(sums["accepted"] / max(sums["anchors"], 1)),
-    "heldout_accuracy": [round(float(x), 4) for x in by_slot],
-  }
-
 
 def check(config: TrainConfig, workdir: Path) -> None:
   """What can be known to be wrong before anything is fetched or loaded."""
-  target = read_target_config(config.target)
-  drafter_config(config, target)
+  check_config(config)
   make_mesh(config.mesh)
   check_workdir(workdir, config)
-  fits = config.max_length <= target.max_length
-  expected = f"at most the target's {target.max_length}"
-  require(fits, "max_length", config.max_length, expected)
-  for field in ("corpus", "heldout"):
-    path = getattr(config, field)
-    is_file = user_path(path).is_file()
-    require(is_file, field, path, "a file of JSON lines")
-  if config.init_from is not None:
-    folder = find_checkpoint(config.init_from, "init_from")
-    theirs = read_drafter_config(folder, target, "init_from")
-    check_same_shape(theirs, config, target)
-  fits = config.num_anchors <= config.max_length
-  require(fits, "num_anchors", config.num_anchors, "at most max_length")
-
-
-def check_same_shape(
-  theirs: DrafterConfig, config: TrainConfig, target: TargetConfig
-) -> None:
-  """A drafter to start from may differ in role, block and prior only."""
-  mine = drafter_config(config, target)
-  for field in dataclasses.fields(DrafterConfig):
-    if field.name not in ("block_size", "training_mode", "prefix_weight_base"):
-      found, wanted = getattr(theirs, field.name), getattr(mine, field.name)
-      require(found == wanted, f"init_from {field.name}", found, f"{wanted}")
 
 
 def facts(config: TrainConfig, workdir: Path) -> dict[str, Any]:
@@ -189,14 +93,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
 
   tokenizer = load_tokenizer(config.target)
   tokenizer.check_mask_token(config.mask_token_id)
-  read = lambda field: read_conversations(
-    getattr(config, field),
-    config.max_length,
-    tokenizer,
-    tokenizer.vocab_size,
-    field,
-  )
-  records, heldout = read("corpus"), read("heldout")
+  records, heldout = read_data(config, tokenizer)
   heldout = heldout[: config.eval_sequences]
   rows = local_rows(mesh, config.batch_size)
   dataset = make_dataset(records, config.batch_size, config.seed, rows)
@@ -204,14 +101,13 @@ def train(config: TrainConfig, workdir: Path) -> None:
   place_target = shard_weights if config.shard_target else replicate
   target = place_target(mesh, load_target(config.target, config.dtype))
   drafter = init_drafter(config, target.config)
-  shape = drafter.config
   graphdef, state = init_train_state(drafter, config)
   state = shard_weights(mesh, state)
   checkpointer = Checkpointer(workdir, config)
   state = checkpointer.restore(state)
   first = int(state.step)
   schedule = learning_rate_schedule(config)
-  flops = step_flops(config, target.config, shape)
+  flops = step_flops(config, target.config, drafter.config)
   console.print(
     f"{config.role}: step {first} of {config.num_steps}, {len(records)} "
     f"conversations; compiling for {mesh.size} x {jax.devices()[0].device_kind}"
@@ -256,18 +152,11 @@ def train(config: TrainConfig, workdir: Path) -> None:
         log.flush()
       if step % config.checkpoint_every == 0 or last:
         checkpointer.save(state)
-        trained = nnx.merge(graphdef, whole(mesh, state.params))
-        trained.config = shape
+        trained = trained_drafter(graphdef, state.params, mesh)
         if main:
           save_drafter(trained, workdir / "export")
       stop_if_interrupted()
   console.print(f"drafter written to {workdir / 'export'}")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def whole(mesh: Mesh, params: Any) -> Any:
-  """Weights whole on every device, to be written by one process."""
-  return gather(mesh, params)
 
 
 def speed(seconds: float, flops: float) -> dict[str, float]:

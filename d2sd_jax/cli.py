@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import jax
+from ml_collections import ConfigDict
 
 from d2sd_jax import __version__
 from d2sd_jax.config import from_mapping
@@ -125,7 +126,8 @@ def load_config(
   Args:
     cls: the config dataclass, e.g. `DecodeConfig`.
     name: a Python file with `get_config()`, or the name of a shipped one.
-    overrides: values that replace the file's.
+    overrides: values that replace the file's; `OUTER.INNER` replaces a
+      single entry of a mapping.
 
   Raises:
     UsageError: there is no such file, it fails, it has no `get_config`, or its
@@ -139,7 +141,8 @@ def load_config(
     exec(compile(path.read_bytes(), path, "exec"), module)
     if not callable(module.get("get_config")):
       raise UsageError(f"config={name!r}: no get_config in {path}; {expected}")
-    values = dict(module["get_config"]())
+    found = module["get_config"]()
+    values = found.to_dict() if isinstance(found, ConfigDict) else dict(found)
   except UsageError:
     raise
   except (Exception, SystemExit) as error:
@@ -147,7 +150,13 @@ def load_config(
     raise UsageError(
       f"config={name!r}: {path} failed with {problem}; {expected}"
     ) from error
-  return from_mapping(cls, {**values, **(overrides or {})})
+  for key, value in (overrides or {}).items():
+    outer, _, inner = key.partition(".")
+    if inner and isinstance(values.get(outer), dict):
+      values[outer] = {**values[outer], inner: value}
+    else:
+      values[key] = value
+  return from_mapping(cls, values)
 
 
 def setup_jax_cache() -> None:

@@ -109,13 +109,48 @@ def bootstrap_interval(
   rng = np.random.default_rng(seed)
   total = np.zeros(num_samples)
   for counts in sets:
-    drawn = rng.integers(0, len(counts), (num_samples, len(counts)))
-    committed, cycles = np.asarray(counts)[drawn].sum(axis=1).T
-    # A draw of nothing but prompts without a cycle says nothing.
-    alphas = np.full(num_samples, np.nan)
-    np.divide(committed, cycles, out=alphas, where=cycles > 0)
-    total += alphas
-  known = total[~np.isnan(total)] / len(sets)
+    total += _alphas(counts, _draw(rng, counts, num_samples))
+  return _middle(total / len(sets))
+
+
+def paired_interval(
+  counts: Sequence[Sequence[int]],
+  baseline: Sequence[Sequence[int]],
+  num_samples: int = 10_000,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """95 % interval of a difference of α, the same prompts drawn for both.
+
+  What makes one prompt easier than another is then no part of the doubt.
+
+  Args:
+    counts: tokens committed and cycles of each prompt.
+    baseline: the same of what it is compared with, prompt by prompt.
+    num_samples: draws of as many prompts as there are.
+    seed: of the draws.
+
+  Returns:
+    The 2.5 and 97.5 % quantiles; NaN where one of them has no cycle.
+  """
+  drawn = _draw(np.random.default_rng(seed), counts, num_samples)
+  return _middle(_alphas(counts, drawn) - _alphas(baseline, drawn))
+
+
+def _draw(rng, counts, num_samples: int) -> np.ndarray:
+  """Numbers of prompts, with replacement: [samples, prompts]."""
+  return rng.integers(0, len(counts), (num_samples, len(counts)))
+
+
+def _alphas(counts: Sequence[Sequence[int]], drawn: np.ndarray) -> np.ndarray:
+  """α of every draw; NaN for one of nothing but prompts without a cycle."""
+  committed, cycles = np.asarray(counts)[drawn].sum(axis=1).T
+  alphas = np.full(len(drawn), np.nan)
+  return np.divide(committed, cycles, out=alphas, where=cycles > 0)
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+  """The 2.5 and 97.5 % quantiles of what is not NaN."""
+  known = values[~np.isnan(values)]
   if not known.size:
     return float("nan"), float("nan")
   low, high = np.quantile(known, [0.025, 0.975])

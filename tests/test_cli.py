@@ -1,5 +1,6 @@
 """The command line of `decode.py`: every mistake is one line and status 2."""
 
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -331,6 +332,21 @@ def test_config_files_leave_nothing_behind(files):
   before = sorted(files.rglob("*"))
   assert cli.load_config(DecodeConfig, "own.py").top_k == 3
   assert sorted(files.rglob("*")) == before
+
+
+def test_one_entry_of_a_mapping_is_overridden(files):
+  (files / "own.py").write_text(
+    "import ml_collections as m\n"
+    "def get_config():\n"
+    "  return m.ConfigDict({'sizes': {'a': 1, 'b': {'c': 2}}})\n"
+  )
+  nested = dataclasses.make_dataclass("Nested", [("sizes", dict)])
+  load = lambda **overrides: cli.load_config(nested, "own.py", overrides).sizes
+  assert load() == {"a": 1, "b": {"c": 2}}
+  assert load(**{"sizes.a": 3}) == {"a": 3, "b": {"c": 2}}
+  assert load(**{"sizes.d": 4}) == {"a": 1, "b": {"c": 2}, "d": 4}
+  with pytest.raises(UsageError, match=r"config key 'size\.a'"):
+    load(**{"size.a": 3})
 
 
 def test_help_and_version(capsys):

@@ -19,6 +19,7 @@ from d2sd_jax.evaluation import (
   cut_periodic_tail,
   cut_periodic_tails,
   first_difference,
+  paired_interval,
 )
 from d2sd_jax.sampling import sampling_scores
 
@@ -100,6 +101,18 @@ def test_bootstrap_interval():
   # The mean over sets, each weighing the same.
   assert bootstrap_interval([[[6, 3]] * 4, [[9, 1]] * 2]) == (5.5, 5.5)
   assert math.isnan(bootstrap_interval([[[6, 3]], [[0, 0]]])[0])
+
+
+def test_paired_interval():
+  # Unlike prompts of equal cycles, a token a cycle better on each of them.
+  counts, baseline = [[6, 2], [8, 4], [60, 2]], [[4, 2], [4, 4], [58, 2]]
+  low, high = bootstrap_interval([counts])
+  assert high - low > 20
+  assert paired_interval(counts, baseline) == pytest.approx((1.0, 1.0))
+  # The first prompt alone gives 3 - 2, the second 1.5 - 3.5, both 9/4 - 11/4.
+  low, high = paired_interval([[6, 2], [3, 2]], [[4, 2], [7, 2]])
+  assert (low, high) == (-2.0, 1.0)
+  assert math.isnan(paired_interval([[6, 3]], [[0, 0]])[0])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from d2sd_jax.sampling import Sampling
 Cell: TypeAlias = tuple[str, float]  # A set's name and a temperature.
 # The usual draft of prompt lookup is 8 tokens; γ-1 is tried as well.
 _LOOKUP_BLOCK = 9
-_PROMPT_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +140,7 @@ class Bench:
       max_new_tokens=self.config.max_new_tokens,
       stop_ids=self.stop_ids,
       batch_size=batch_size,
-      prompt_size=_prompt_size(requests),
+      prompt_size=measure.prompt_size(requests),
     )
 
   def first_answers(self, task: Task) -> list[Answer]:
@@ -156,7 +155,7 @@ class Bench:
   ) -> Callable[[Request, Sequence[int]], float]:
     """See `measure.make_row`."""
     sampling = self.sampling(temperature)
-    pad_to = _prompt_size(self.requests()) + self.config.max_new_tokens
+    pad_to = measure.prompt_size(self.requests()) + self.config.max_new_tokens
     return lambda request, tokens: choice_margin(
       self.target,
       [*request.tokens, *tokens],
@@ -164,12 +163,6 @@ class Bench:
       sampling,
       pad_to,
     )
-
-
-def _prompt_size(requests: Sequence[Request]) -> int:
-  """One static length that every prompt fits."""
-  longest = max(len(request.tokens) for request in requests)
-  return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
 
 def measure_policy(

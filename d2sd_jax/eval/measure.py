@@ -8,7 +8,7 @@ import numpy as np
 
 from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.session import Answer, Request, Session
-from d2sd_jax.eval.results import finite, interval
+from d2sd_jax.eval.results_file import finite, interval
 from d2sd_jax.eval.tasks import Task, sha256
 from d2sd_jax.evaluation import (
   TIE_MARGIN,
@@ -19,6 +19,7 @@ from d2sd_jax.evaluation import (
 
 # Decodes at batch 1 that are not timed, on a new program.
 _WARM_UPS = 2
+_PROMPT_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,12 @@ def batches(
     yield requests[i : i + size]
 
 
+def prompt_size(requests: Sequence[Request]) -> int:
+  """One static length that every prompt fits."""
+  longest = max(len(request.tokens) for request in requests)
+  return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+
+
 def warm_up(session: Session, request: Request) -> None:
   """Decodes at batch 1 until the device has settled."""
   for _ in range(_WARM_UPS):
@@ -77,6 +84,28 @@ def time_per_token(session: Session, requests: Sequence[Request]) -> float:
 def alpha(answers: Sequence[Answer], cut_tails: bool = False) -> float:
   """α of the answers; see `acceptance_length`."""
   return acceptance_length(_records(answers), cut_tails)
+
+
+def acceptance(
+  prompts: Sequence[int], answers: Sequence[Answer]
+) -> dict[str, Any]:
+  """What a row says of α, with periodic tails and, as `.._cut`, without.
+
+  Args:
+    prompts: of each answer, the number of the prompt it belongs to.
+    answers: decoded.
+
+  Returns:
+    `alpha`, its interval `ci95`, and the `counts` both come from: tokens
+    committed and cycles of each prompt.
+  """
+  found: dict[str, Any] = {}
+  for suffix, cut_tails in (("", False), ("_cut", True)):
+    counts = _counts(prompts, answers, cut_tails)
+    found[f"alpha{suffix}"] = finite(alpha(answers, cut_tails))
+    found[f"ci95{suffix}"] = interval([counts])
+    found[f"counts{suffix}"] = counts
+  return found
 
 
 def make_row(
@@ -102,25 +131,19 @@ def make_row(
 
   Returns:
     What `results.ROW_KEYS` names and more: `ties` and `differences` are the
-    first differences from `ar` within `TIE_MARGIN` and beyond, `counts` the
-    tokens committed and the cycles of each prompt, `accepted_lengths` how many
-    cycles committed 0, 1, 2, .. tokens.
+    first differences from `ar` within `TIE_MARGIN` and beyond,
+    `accepted_lengths` how many cycles committed 0, 1, 2, .. tokens.
   """
   answers = measured.answers
   differences = list(_differences(task, answers, reference.answers, margin))
   ties = [d for d in differences if d["margin"] < TIE_MARGIN]
-  counts = _counts(task, answers, cut_tails=False)
-  counts_cut = _counts(task, answers, cut_tails=True)
   own, plain = measured.ms_per_token, reference.ms_per_token
   return {
     "set": task.name,
     "policy": policy,
     "temperature": temperature,
     "dtype": dtype,
-    "alpha": finite(alpha(answers)),
-    "alpha_cut": finite(alpha(answers, cut_tails=True)),
-    "ci95": interval([counts]),
-    "ci95_cut": interval([counts_cut]),
+    **acceptance(task.prompts, answers),
     "nodes": finite(_nodes_per_cycle(answers)),
     "ms_per_token": None if own is None else finite(own),
     "speedup": finite(plain / own) if own and plain else None,
@@ -129,8 +152,6 @@ def make_row(
     "identical": not differences,
     "tokens": sum(len(a.tokens) for a in answers),
     "cycles": sum(len(a.accepted_per_cycle) for a in answers),
-    "counts": counts,
-    "counts_cut": counts_cut,
     "accepted_lengths": _length_counts(answers),
     "block_size": measured.tree.block_size,
     "inputs_sha256": sha256(str([r.tokens for r in task.requests])),
@@ -146,11 +167,11 @@ def _records(answers: Sequence[Answer]) -> list[dict[str, Any]]:
 
 
 def _counts(
-  task: Task, answers: Sequence[Answer], cut_tails: bool
+  prompts: Sequence[int], answers: Sequence[Answer], cut_tails: bool
 ) -> list[list[int]]:
   """Tokens committed and cycles of each prompt, its turns together."""
-  counts = np.zeros((max(task.prompts) + 1, 2), int)
-  for prompt, record in zip(task.prompts, _records(answers), strict=True):
+  counts = np.zeros((max(prompts) + 1, 2), int)
+  for prompt, record in zip(prompts, _records(answers), strict=True):
     counts[prompt] += committed_and_cycles(record, cut_tails)
   return counts.tolist()
 

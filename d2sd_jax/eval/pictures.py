@@ -16,7 +16,8 @@ import numpy as np
 from d2sd_jax import cli
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.eval.calibration import calibration_error
-from d2sd_jax.eval.results import Row, read_results
+from d2sd_jax.eval.results import read_results
+from d2sd_jax.eval.results_file import Row
 from d2sd_jax.io.paths import atomic_write, user_path
 
 EXAMPLES = """\

@@ -1,17 +1,22 @@
 """The ladder's results file: rows that only grow, their means, a table."""
 
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from d2sd_jax.errors import UsageError
 from d2sd_jax.eval.calibration import calibration_error
-from d2sd_jax.evaluation import bootstrap_interval
-from d2sd_jax.io.paths import atomic_write
+from d2sd_jax.eval.results_file import (
+  Row,
+  alpha_cell,
+  check_same,
+  finite,
+  interval,
+  number,
+  read_file,
+  table,
+  write_file,
+)
 
-Row: TypeAlias = dict[str, Any]
 ROW_KEYS = (
   *("set", "policy", "temperature", "dtype", "alpha", "alpha_cut", "ci95"),
   *("nodes", "ms_per_token", "speedup", "ties", "identical"),
@@ -28,35 +33,8 @@ def row_key(row: Mapping[str, Any]) -> tuple[str, str, float, str]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-  """A results file, checked.
-
-  Raises:
-    UsageError: it cannot be read, was cut off or is something else.
-  """
-  expected = "expected a results file of d2sd_jax.eval.ladder"
-  try:
-    results = json.loads(path.read_text("utf-8"))
-  except OSError as error:
-    raise UsageError(
-      f"results={str(path)!r}: {expected} ({error.strerror})"
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise UsageError(
-      f"results={str(path)!r}: {expected}, whole; this one is damaged ({error})"
-    ) from error
-  if not (
-    isinstance(results, dict)
-    and isinstance(results.get("meta"), dict)
-    and isinstance(results.get("means"), dict)
-    and isinstance(results.get("rows"), list)
-    and all(_is_row(row) for row in results["rows"])
-  ):
-    raise UsageError(f"results={str(path)!r}: {expected}")
-  return results
-
-
-def _is_row(row: Any) -> bool:
-  return isinstance(row, dict) and all(key in row for key in ROW_KEYS)
+  """A results file of the ladder, checked; see `read_file`."""
+  return read_file(path, "d2sd_jax.eval.ladder", ROW_KEYS, "means")
 
 
 def resume(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,25 +56,11 @@ def resume(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if key in _GROWS:
       known = old.get(key, {})
       for name in value.keys() & known.keys():
-        _check_same(path, f"{key} of {name}", known[name], value[name])
+        check_same(path, f"{key} of {name}", known[name], value[name])
       old[key] = {**known, **value}
     else:
-      _check_same(path, key, old.get(key), value)
+      check_same(path, key, old.get(key), value)
   return results
-
-
-def _check_same(path: Path, field: str, old: Any, new: Any) -> None:
-  """Raises `UsageError`, naming the innermost field that differs."""
-  if isinstance(old, dict) and isinstance(new, dict):
-    for key in sorted(old.keys() | new.keys()):
-      _check_same(path, f"{field}.{key}", old.get(key), new.get(key))
-    return
-  short = lambda value: f"{value!r}"[:80]
-  if old != new:
-    raise UsageError(
-      f"{field}={short(new)}: expected {short(old)}, as in {path}; --out names"
-      " another file"
-    )
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:
@@ -110,30 +74,7 @@ def write_results(path: Path, results: dict[str, Any]) -> None:
     UsageError: the file cannot be written.
   """
   results["means"] = means(results["rows"])
-  try:
-    for file, content in (
-      (path, _to_json(results)),
-      (path.with_suffix(".md"), markdown(results)),
-    ):
-      with atomic_write(file) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-  except OSError as error:
-    raise UsageError(
-      f"out={str(path)!r}: expected a file to write ({error.strerror})"
-    ) from error
-
-
-def _to_json(results: Mapping[str, Any]) -> str:
-  """One line for each row, so that a difference can be read."""
-  dump = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False)
-  rows = ",\n".join(map(dump, results["rows"]))
-  around = [
-    json.dumps(results[key], ensure_ascii=False, allow_nan=False, indent=1)
-    for key in ("meta", "means")
-  ]
-  return (
-    f'{{"meta": {around[0]},\n"rows": [\n{rows}\n],\n"means": {around[1]}}}\n'
-  )
+  write_file(path, results, "means", markdown)
 
 
 def means(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
@@ -183,16 +124,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
   return finite(sum(v for v in known if v is not None) / len(known))
 
 
-def interval(sets: Sequence[Sequence[Sequence[int]]]) -> list[float | None]:
-  """See `bootstrap_interval`; as JSON has it."""
-  return [finite(end) for end in bootstrap_interval(sets)]
-
-
-def finite(value: float, digits: int = 5) -> float | None:
-  """A rounded number for JSON, which has no NaN: that is `None`."""
-  return round(value, digits) if math.isfinite(value) else None
-
-
 def markdown(results: Mapping[str, Any]) -> str:
   """The tables of a results file, one for each temperature and dtype."""
   rows, meta = results["rows"], results["meta"]
@@ -220,18 +151,18 @@ def _tables(rows: Sequence[Row]) -> list[str]:
   alphas = [
     [
       f"`{policy}`",
-      _alpha_cell(mean),
+      alpha_cell(mean),
       _ratio(mean, averages.get("dflash")),
-      *(_alpha_cell(cells.get((policy, name))) for name in sets),
+      *(alpha_cell(cells.get((policy, name))) for name in sets),
     ]
     for policy, mean in averages.items()
   ]
   costs = [
     [
       f"`{policy}`",
-      _number(mean["nodes"], 1),
-      _number(mean["ms_per_token"]),
-      _number(mean["speedup"]),
+      number(mean["nodes"], 1),
+      number(mean["ms_per_token"]),
+      number(mean["speedup"]),
       "yes" if mean["identical"] else "no",
       str(mean["ties"]),
     ]
@@ -239,29 +170,12 @@ def _tables(rows: Sequence[Row]) -> list[str]:
   ]
   titles = ["policy", "nodes per cycle", "ms per token", "speed-up"]
   return [
-    _table(["policy", "mean α", "of `dflash`", *sets], alphas),
-    _table([*titles, "identical to `ar`", "ties"], costs),
+    table(["policy", "mean α", "of `dflash`", *sets], alphas),
+    table([*titles, "identical to `ar`", "ties"], costs),
   ]
-
-
-def _alpha_cell(row: Row | None) -> str:
-  if row is None:
-    return "-"
-  low, high = map(_number, row["ci95_cut"])
-  alpha, whole = _number(row["alpha_cut"]), _number(row["alpha"])
-  return f"{alpha} [{low}, {high}] ({whole})"
 
 
 def _ratio(mean: Row, base: Row | None) -> str:
   if not base or not base["alpha_cut"] or mean["alpha_cut"] is None:
     return "-"
   return f"{mean['alpha_cut'] / base['alpha_cut']:.2f}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-  return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  rule = ["---"] * len(titles)
-  return "\n".join(f"| {' | '.join(row)} |" for row in (titles, rule, *rows))
