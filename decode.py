@@ -6,10 +6,17 @@ Parse and check, load, compile, decode, report: in this order, so that a
 mistake is told before anything is downloaded or computed.
 """
 
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
   # JAX takes a second to import; an early Ctrl-C is to end as cleanly as any.
@@ -19,16 +26,16 @@ if __name__ == "__main__":
 
 import jax
 
-from d2sd_jax import cli
+from d2sd_jax import cli, distributed
 from d2sd_jax.config import MODES, DecodeConfig
 from d2sd_jax.decoding import auto, report
 from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require
 from d2sd_jax.evaluation import choice_margin, first_difference
-from d2sd_jax.io.models import load_target, load_tokenizer
+from d2sd_jax.io.models import load_tokenizer
 from d2sd_jax.io.paths import check_output, user_path
-from d2sd_jax.io.prompts import read_prompts
+from d2sd_jax.io.prompts import Conversation, read_prompts
 from d2sd_jax.models.target import LlamaTarget
 
 DESCRIPTION = """\
@@ -41,6 +48,7 @@ EXAMPLES = """\
   echo "Write a haiku." | python decode.py --prompt=- --temperature=0.8 --seed=1
   python decode.py --mode=compare --prompts_file=prompts.jsonl --json=out.json
   python decode.py --config.forbid_repeat=True --prompt="Name three rivers."
+  python decode.py --mesh=tensor:4 --target=Qwen/Qwen3-8B --mode=ar --prompt=Hi
 """
 
 # Flag, type, what the help shows for its value, help.
@@ -64,6 +72,7 @@ CONFIG_FLAGS = (
   ("dtype", str, "float32|bfloat16", "default float32 on a CPU, else bfloat16"),
   ("drafter_weights", str, "bfloat16|int8", "int8: same output, smaller reads"),
   ("batch_size", cli.whole_number, "N", "prompts at a time (default 1)"),
+  ("mesh", str, "AXIS:N,..", "devices, as data:2,tensor:4 (default: one)"),
 )
 
 
@@ -105,13 +114,37 @@ def flag_parser() -> cli.FlagParser:
   )
   for name, kind, shown, text in CONFIG_FLAGS:
     add(f"--{name}", type=kind, metavar=shown, help=text)
+  distributed.add_flags(parser)
   return parser
 
 
-def main(arguments: Sequence[str]) -> None:
-  """Everything the script does."""
-  # Parse and check.
-  flags, overrides = flag_parser().parse(arguments)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What the flags ask for, checked.
+
+  Attributes:
+    plan: what will be run.
+    stream: print text as it is accepted.
+    trace: show which pass proposed what.
+    output: file of the records, if they are wanted.
+    conversations: to be answered.
+  """
+
+  plan: Plan
+  stream: bool
+  trace: bool
+  output: Path | None
+  conversations: list[Conversation]
+
+  def facts(self) -> Mapping[str, Any]:
+    """What all processes of a run must share."""
+    turns = json.dumps(self.conversations).encode()
+    told = {"prompts": hashlib.sha256(turns).hexdigest()[:16]}
+    return told | dataclasses.asdict(self.plan.config) | {"stream": self.stream}
+
+
+def check(flags: argparse.Namespace, overrides: dict[str, Any]) -> Job:
+  """What can be known to be wrong before anything is fetched or loaded."""
   for name, *_ in CONFIG_FLAGS:
     if getattr(flags, name) is not None:
       overrides[name] = getattr(flags, name)
@@ -122,10 +155,29 @@ def main(arguments: Sequence[str]) -> None:
   if output is not None and flags.prompts_file is not None:
     own = user_path(flags.prompts_file).resolve() != output.resolve()
     require(own, "json", flags.json, "another file than prompts_file")
-  conversations = read_prompts(flags.prompt, flags.prompts_file)
+  return Job(
+    plan=plan,
+    stream=stream,
+    trace=flags.trace,
+    output=output,
+    conversations=read_prompts(flags.prompt, flags.prompts_file),
+  )
 
-  # Load: small files first, since they may be damaged.
+
+def main(arguments: Sequence[str]) -> None:
+  """Everything the script does."""
+  flags, overrides = flag_parser().parse(arguments)
+  distributed.start(flags)
+  job = distributed.agree(functools.partial(check, flags, overrides), Job.facts)
   cli.setup_jax_cache()
+  with distributed.losing_one_ends_all(), distributed.only_main_speaks():
+    run(job)
+
+
+def run(job: Job) -> None:
+  """Loads, compiles, decodes and reports."""
+  # Load: small files first, since they may be damaged.
+  plan, config = job.plan, job.plan.config
   drafters = plan.load_drafters()
   for warning in plan.role_warnings(drafters):
     print(warning, file=sys.stderr, flush=True)
@@ -134,18 +186,19 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer.check_mask_token(drafter.config.mask_token_id)
   requests = [
     Request(sequence_id=i, tokens=tuple(ids))
-    for i, ids in enumerate(tokenizer.encode_chats(conversations))
+    for i, ids in enumerate(tokenizer.encode_chats(job.conversations))
   ]
   plan.check_context(requests)
-  target = load_target(config.target, plan.config.dtype)
+  target = plan.load_target()
   if config.mode == "auto":
     plan = auto.resolve(plan, target, drafters, requests)
 
   # Compile.
   device = jax.devices()[0].device_kind
+  where = f"{plan.mesh.size} x {device}" if plan.mesh else device
   sessions = {}
   for mode, tree in plan.trees.items():
-    print(f"compiling {mode} for {device}", file=sys.stderr, flush=True)
+    print(f"compiling {mode} for {where}", file=sys.stderr, flush=True)
     sessions[mode] = Session(
       plan.models(mode, target, drafters),
       requests,
@@ -158,7 +211,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
   # Decode and report.
-  printer = report.Printer(tokenizer, len(requests), stream, flags.trace)
+  printer = report.Printer(tokenizer, len(requests), job.stream, job.trace)
   answers: dict[str, list[Answer]] = {}
   if config.mode == "compare":
     for mode, session in sessions.items():
@@ -168,7 +221,7 @@ def main(arguments: Sequence[str]) -> None:
     report.print_comparison(answers, margins, plan)
   else:
     ((mode, session),) = sessions.items()
-    if not stream:
+    if not job.stream:
       session.warm_up()
     answers[mode] = printer.decode_aloud(session)
     report.print_closing_line(answers[mode], plan)
@@ -177,9 +230,9 @@ def main(arguments: Sequence[str]) -> None:
   ]
   if config.mode == "compare":
     printer.print_traces(in_order)
-  if output is not None:
+  if job.output is not None and distributed.is_main():
     records = [report.make_record(a, plan, tokenizer) for a in in_order]
-    report.write_json(output, records)
+    report.write_json(job.output, records)
 
 
 def choose_streaming(wanted: bool | None, config: DecodeConfig) -> bool:
@@ -219,6 +272,7 @@ def difference_margins(
           ar.request.sequence_id,
           plan.sampling,
           bucket(len(tokens)),
+          plan.mesh,
         )
   return margins
 

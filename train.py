@@ -87,7 +87,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   console = Console(stderr=True, quiet=not main)
   distributed.agree(
     functools.partial(check, config, workdir),
-    functools.partial(facts, config, workdir),
+    lambda _: facts(config, workdir),
   )
   mesh = make_mesh(config.mesh)
 
@@ -128,7 +128,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
     cli.patient_interrupt() as stop_if_interrupted,
     progress,
     log_file as log,
-    distributed.losing_one_ends_all(),
+    distributed.losing_one_ends_all(" to go on from the last checkpoint"),
   ):
     clock, since = time.perf_counter(), first
     for step in range(first + 1, config.num_steps + 1):

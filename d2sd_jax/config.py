@@ -6,12 +6,17 @@ again (temperature, seed, filters) is a pytree: `d2sd_jax.sampling.Sampling`.
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.models.rope import RopeScaling
-from d2sd_jax.sharding import batch_shards, parse_mesh
+from d2sd_jax.sharding import (
+  BATCH_AXES,
+  DECODING_AXES,
+  batch_shards,
+  parse_mesh,
+)
 
 MODES = (
   *("ar", "prompt_lookup", "dflash", "dflash_samples"),
@@ -268,6 +273,12 @@ class DecodeConfig:
 
   Drafter weights in `bfloat16` are as their files hold them, and are computed
   with in `dtype`; `int8` cannot change the output, only how much is accepted.
+
+  Attributes:
+    mesh: devices by axis, such as `data:2,tensor:4`; `None` is one device. The
+      batch is split over `data`, the target over `tensor`.
+    shard_drafters: drafters are split over `tensor` too, not whole on every
+      device.
   """
 
   target: str = "smollm2-135m"
@@ -287,6 +298,8 @@ class DecodeConfig:
   dtype: str | None = None
   drafter_weights: str = "bfloat16"
   batch_size: int = 1
+  mesh: str | None = None
+  shard_drafters: bool = False
 
   def __post_init__(self):
     modes = (*MODES, "compare", "auto")
@@ -316,6 +329,9 @@ class DecodeConfig:
       ),
     ):
       require(ok, field, getattr(self, field), expected)
+    _check_batch(self, DECODING_AXES)
+    alone = self.mesh is None or self.mode != "auto"
+    require(alone, "mode", "auto", f"a named mode, with mesh={self.mesh!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -428,13 +444,20 @@ class TrainConfig:
       ("seed", 0 <= self.seed < 2**32, "0 to 2^32-1"),
     ):
       require(ok, field, getattr(self, field), expected)
-    shards = batch_shards(parse_mesh(self.mesh))
-    require(
-      self.batch_size % shards == 0,
-      "batch_size",
-      self.batch_size,
-      f"a multiple of {shards}, the parts that mesh={self.mesh!r} makes",
-    )
+    _check_batch(self, BATCH_AXES)
+
+
+def _check_batch(
+  config: DecodeConfig | TrainConfig, axes: Sequence[str]
+) -> None:
+  """Raises `UsageError` unless a mesh of these axes splits the batch evenly."""
+  shards = batch_shards(parse_mesh(config.mesh, axes))
+  require(
+    config.batch_size % shards == 0,
+    "batch_size",
+    config.batch_size,
+    f"a multiple of {shards}, the parts that mesh={config.mesh!r} makes",
+  )
 
 
 def from_mapping(cls: type[_T], values: Mapping[str, Any]) -> _T:

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from d2sd_jax.errors import UsageError, require
 HEARTBEAT_SECONDS = 30
 # Exit status of a process that lost another one.
 LOST = 3
+_T = TypeVar("_T")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -92,26 +94,29 @@ def is_main() -> bool:
 
 
 def agree(
-  check: Callable[[], None], facts: Callable[[], Mapping[str, Any]]
-) -> None:
+  check: Callable[[], _T], facts: Callable[[_T], Mapping[str, Any]]
+) -> _T:
   """Runs a check in all processes, and compares what they are about to do.
 
   Args:
     check: raises `UsageError`.
-    facts: JSON values by name that must be the same in all processes; asked
-      for only if there are several.
+    facts: of what the check returned, JSON values by name that must be the
+      same in all processes; asked for only if there are several.
+
+  Returns:
+    What the check returned.
 
   Raises:
     UsageError: in every process, if one made a mistake or facts differ.
   """
   if jax.process_count() == 1:
-    check()
-    return
+    return check()
   mistake: Exception | None = None
   mine: dict[str, Any] = {}
+  found: Any = None
   try:
-    check()
-    mine = {"facts": dict(facts())}
+    found = check()
+    mine = {"facts": dict(facts(found))}
   except (UsageError, OSError) as error:
     mistake, mine = error, {"mistake": cli.one_line(error)}
   told = _difference(_exchange(mine))
@@ -119,6 +124,7 @@ def agree(
     # Or the first to leave would look to the others like one that died.
     jax.distributed.shutdown()
     raise mistake or UsageError(told)
+  return found
 
 
 def _difference(everyone: list[dict[str, Any]]) -> str:
@@ -150,11 +156,25 @@ def _exchange(mine: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def losing_one_ends_all() -> Iterator[None]:
+def only_main_speaks() -> Iterator[None]:
+  """Within the block, other processes print nothing."""
+  with contextlib.ExitStack() as stack:
+    if not is_main():
+      nowhere = stack.enter_context(Path(os.devnull).open("w"))
+      stack.enter_context(contextlib.redirect_stdout(nowhere))
+      stack.enter_context(contextlib.redirect_stderr(nowhere))
+    yield
+
+
+@contextlib.contextmanager
+def losing_one_ends_all(then: str = "") -> Iterator[None]:
   """Within the block, a process that lost another says so and ends at once.
 
   Nothing is waited for: a checkpoint under way can no longer become whole,
   and one that is not whole does not count.
+
+  Args:
+    then: what starting all again does, to end the sentence with.
   """
   try:
     yield
@@ -163,8 +183,7 @@ def losing_one_ends_all() -> Iterator[None]:
       raise
     print(
       f"error: process {jax.process_index()} lost another one; start all"
-      " again to go on from the last checkpoint"
-      f" ({cli.one_line(error)[:200]})",
+      f" again{then} ({cli.one_line(error)[:200]})",
       file=sys.stderr,
       flush=True,
     )

@@ -1,14 +1,18 @@
 """What is measured on decoded answers: α, first differences, ties."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from d2sd_jax.decoding.placement import WHOLE, put, spread, weight_specs
 from d2sd_jax.models.target import Target
 from d2sd_jax.sampling import Sampling, sampling_scores
+from d2sd_jax.tensor_parallel import two_best
 from d2sd_jax.typing import Array, Float, Int
 
 MIN_TAIL = 24
@@ -171,6 +175,7 @@ def choice_margin(
   sequence_id: int,
   sampling: Sampling,
   pad_to: int | None = None,
+  mesh: Mesh | None = None,
 ) -> float:
   """How far the target's two best scores for the next token lie apart.
 
@@ -184,6 +189,7 @@ def choice_margin(
     sequence_id: the prompt's index in the input.
     sampling: how tokens are chosen.
     pad_to: length to pad to, so that many places share a program.
+    mesh: the devices that the target lies on; `None` is one.
 
   Returns:
     The margin; infinite where the filters leave one token only.
@@ -191,30 +197,38 @@ def choice_margin(
   size = max(pad_to or 0, len(tokens))
   padded = np.zeros((1, size), np.int32)
   padded[0, : len(tokens)] = tokens
-  margin = _margin(
-    target,
-    jnp.asarray(padded),
-    jnp.asarray([len(tokens)], jnp.int32),
-    jnp.asarray([sequence_id], jnp.int32),
-    sampling,
-  )
-  return float(margin)
+  lengths = np.array([len(tokens)], np.int32)
+  ids = np.array([sequence_id], np.int32)
+  arguments = (padded, lengths, ids, sampling)
+  whole = jax.tree.map(lambda _: WHOLE, arguments)
+  return float(_margin(target, *put(mesh, arguments, whole), mesh=mesh))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="mesh")
 def _margin(
   target: Any,
   tokens: Int[Array, "1 T"],
   lengths: Int[Array, " 1"],
   sequence_ids: Int[Array, " 1"],
   sampling: Sampling,
+  *,
+  mesh: Mesh | None,
 ) -> Float[Array, ""]:
-  logits = target.prefill(tokens, lengths, ()).logits[:, None]
-  scores = jax.lax.cond(
-    sampling.temperature > 0,
-    lambda x: sampling_scores(x, lengths[:, None], sequence_ids, sampling),
-    lambda x: x,
-    logits.astype(jnp.float32),
-  )
-  best, second = jax.lax.top_k(scores[0, 0], 2)[0]
-  return best - second
+  axis = getattr(target, "axis", None)
+
+  def margin(target, tokens, lengths, sequence_ids, sampling):
+    logits = target.prefill(tokens, lengths, ()).logits[:, None]
+    scores = jax.lax.cond(
+      sampling.temperature > 0,
+      lambda x: sampling_scores(
+        x, lengths[:, None], sequence_ids, sampling, axis
+      ),
+      lambda x: x,
+      logits.astype(jnp.float32),
+    )
+    best, second = two_best(scores[0, 0], axis)
+    return best - second
+
+  specs = (weight_specs(target), WHOLE, WHOLE, WHOLE, WHOLE)
+  everywhere = spread(margin, mesh, specs, WHOLE)
+  return everywhere(target, tokens, lengths, sequence_ids, sampling)

@@ -23,13 +23,15 @@ from d2sd_jax.sharding import TENSOR
 from d2sd_jax.typing import Array, Float, Int
 
 
-def check_split(config: TargetConfig | DrafterConfig, size: int) -> None:
+def check_split(
+  config: TargetConfig | DrafterConfig, size: int, field: str = "mesh"
+) -> None:
   """Raises `UsageError` unless so many devices can share the query heads."""
   heads = config.num_heads
   fitting = [n for n in range(1, heads + 1) if heads % n == 0]
   require(
     heads % size == 0,
-    f"mesh axis {TENSOR}",
+    f"{field} axis {TENSOR}",
     size,
     f"a divisor of the {heads} query heads: {', '.join(map(str, fitting))}",
   )
@@ -156,6 +158,16 @@ def largest_score(
   """The largest over the whole vocabulary."""
   largest = scores.max(-1)
   return largest if axis is None else jax.lax.pmax(largest, axis)
+
+
+def two_best(
+  scores: Float[Array, " V"], axis: str | None
+) -> Float[Array, " 2"]:
+  """The two largest scores, the larger first."""
+  best = jax.lax.top_k(scores, 2)[0]
+  if axis is None:
+    return best
+  return jax.lax.top_k(jax.lax.all_gather(best, axis, tiled=True), 2)[0]
 
 
 def best_token(

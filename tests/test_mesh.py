@@ -35,7 +35,9 @@ def get_config():
 """
 
 
-def _process(arguments, devices=1, **environment):
+def start_process(
+  arguments, devices=1, stdout=subprocess.DEVNULL, **environment
+):
   """Starts Python with simulated devices, in this checkout."""
   flag = f"--xla_force_host_platform_device_count={devices}"
   environment = os.environ | {
@@ -49,13 +51,20 @@ def _process(arguments, devices=1, **environment):
   return subprocess.Popen(
     [sys.executable, *arguments],
     env=environment,
-    stdout=subprocess.DEVNULL,
+    stdout=stdout,
     stderr=subprocess.PIPE,
     text=True,
   )
 
 
-def _end(process, timeout=540):
+def free_address():
+  """A port of this machine that nobody listens on."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return "127.0.0.1:{1}".format(*free.getsockname())
+
+
+def end(process, timeout=540):
   """Waits for a process; its status and what it told."""
   try:
     _, error = process.communicate(timeout=timeout)
@@ -106,14 +115,11 @@ class Runs:
   def start(self, *runs, devices=1, **environment):
     """A process that does runs, given by their flags, one after another."""
     arguments = [str(_HERE / "mesh_worker.py"), json.dumps(runs)]
-    return _process(arguments, devices, **environment)
+    return start_process(arguments, devices, **environment)
 
   def start_two(self, flags, more=((), ()), environments=({}, {})):
     """Two processes of four devices that make one run."""
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      address = "127.0.0.1:{1}".format(*free.getsockname())
-    joint = [f"--coordinator_address={address}", "--num_processes=2"]
+    joint = [f"--coordinator_address={free_address()}", "--num_processes=2"]
     return [
       self.start(
         [*flags, *more[i], *joint, f"--process_id={i}"],
@@ -290,8 +296,8 @@ def test_processes_that_are_not_told_of_are_a_mistake(monkeypatch):
 
 def test_no_activations_travel():
   """Weights are gathered once each, and gradients summed; nothing else."""
-  process = _process([str(_HERE / "mesh_program.py")], devices=8)
-  status, text = _end(process)
+  process = start_process([str(_HERE / "mesh_program.py")], devices=8)
+  status, text = end(process)
   assert status == 0, text
   for name, program in json.loads(text.splitlines()[-1]).items():
     found = program["collectives"]
@@ -317,7 +323,7 @@ def test_two_processes_train_as_one_device_does(tmp_path):
   runs = Runs(tmp_path, num_steps=8, **steps)
   one = runs.start(runs.flags("one"))
   two = runs.start_two(runs.flags("two", mesh="data:4,fsdp:2"))
-  (status, told), *others = [_end(process) for process in (one, *two)]
+  (status, told), *others = [end(process) for process in (one, *two)]
   assert status == 0, told
   assert [status for status, _ in others] == [0, 0], others
   runs.assert_alike("one", "two", 1e-5)
@@ -330,7 +336,7 @@ def test_processes_that_differ_all_say_so(tmp_path):
   runs = Runs(tmp_path)
   different = ((), ["--config.log_every=7"])
   ends = [
-    _end(process)
+    end(process)
     for process in runs.start_two(runs.flags("run", mesh="data:8"), different)
   ]
   expected = "error: process 1 has log_every=7: expected 20 as in process 0"
@@ -343,7 +349,7 @@ def test_a_mistake_of_one_process_ends_all(tmp_path):
   runs = Runs(tmp_path)
   missing = ((), ["--config.corpus=/none.jsonl"])
   ends = [
-    _end(process)
+    end(process)
     for process in runs.start_two(runs.flags("run", mesh="data:8"), missing)
   ]
   expected = "corpus='/none.jsonl': expected a file of JSON lines"
@@ -382,7 +388,7 @@ def test_fifty_steps_are_the_same_on_any_mesh(
     devices=8,
     WORKER_FLOAT64="1" if dtype == "float64" else "",
   )
-  status, told = _end(process)
+  status, told = end(process)
   assert status == 0, told
   for mesh in meshes[1:]:
     runs.assert_alike("data:1", mesh, tolerance)
@@ -398,9 +404,9 @@ def test_one_of_two_is_killed_and_both_go_on_elsewhere(tmp_path, dying):
   checkpoint = str(tmp_path / "run/checkpoints/20")
   deaths[dying] = {"WORKER_DIES_AT": "33", "WORKER_DIES_AFTER": checkpoint}
   two = runs.start_two(runs.flags("run", mesh="data:8"), environments=deaths)
-  assert _end(two[dying])[0] == -9
+  assert end(two[dying])[0] == -9
   since = time.monotonic()
-  status, told = _end(two[1 - dying])
+  status, told = end(two[1 - dying])
   assert time.monotonic() - since < 60
   # A process that still waits for the lost one is ended by JAX itself.
   assert status in (distributed.LOST, -signal.SIGABRT)
@@ -408,15 +414,15 @@ def test_one_of_two_is_killed_and_both_go_on_elsewhere(tmp_path, dying):
   whole = [p.name for p in (tmp_path / "run/checkpoints").glob("*")]
   assert [name for name in whole if name.isdecimal()] == ["20"]
 
-  assert _end(straight)[0] == 0
+  assert end(straight)[0] == 0
   shutil.copytree(tmp_path / "run", tmp_path / "alone")
   both = runs.start_two(runs.flags("run", mesh="data:2,fsdp:4"))
-  ends = [_end(process) for process in both]
+  ends = [end(process) for process in both]
   assert [status for status, _ in ends] == [0, 0], ends
   assert "step 20 of 50" in ends[0][1]
   runs.assert_alike("straight", "run", 1e-5)
 
-  status, told = _end(runs.start(runs.flags("alone", mesh="data:1")))
+  status, told = end(runs.start(runs.flags("alone", mesh="data:1")))
   assert status == 0, told
   assert "step 20 of 50" in told
   runs.assert_alike("straight", "alone", 1e-5)

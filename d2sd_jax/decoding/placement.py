@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from d2sd_jax.models.drafter import FusedDrafter
@@ -115,6 +116,17 @@ def put(mesh: Mesh | None, values: _T, specs: Any) -> _T:
   if mesh is None:
     return jax.tree.map(jnp.array, values)
   return jax.tree.map(place, values, shardings(mesh, specs))
+
+
+def to_host(values: _T) -> _T:
+  """Arrays as NumPy's, whole in every process."""
+
+  def whole(x: Any) -> np.ndarray:
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+  return jax.tree.map(whole, values)
 
 
 def put_drafter(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from d2sd_jax.config import (
   COMPARED,
@@ -14,6 +15,7 @@ from d2sd_jax.config import (
   TargetConfig,
   TreeConfig,
 )
+from d2sd_jax.decoding.placement import put_drafter
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request
 from d2sd_jax.decoding.state import Models
@@ -26,6 +28,7 @@ from d2sd_jax.io.drafter_format import (
 )
 from d2sd_jax.io.models import (
   DEFAULT_TARGET,
+  load_target,
   load_tokenizer,
   read_target_config,
 )
@@ -33,6 +36,8 @@ from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.sharding import DECODING_AXES, TENSOR, make_mesh
+from d2sd_jax.tensor_parallel import check_split
 
 # `ChatTokenizer.chat_ids` of the default target, known without its file.
 DEFAULT_CHAT_IDS = (0, 1, 2)
@@ -48,6 +53,7 @@ class Plan:
     drafters: folders of as many drafters as the modes need.
     trees: the modes to run, in order, and the static tree sizes of each.
     chosen: how mode `auto` came to its choice, in words; else `None`.
+    mesh: the devices; `None` is one.
   """
 
   config: DecodeConfig
@@ -55,6 +61,7 @@ class Plan:
   drafters: tuple[Path, ...]
   trees: Mapping[str, TreeConfig]
   chosen: str | None = None
+  mesh: Mesh | None = None
 
   @property
   def sampling(self) -> Sampling:
@@ -77,12 +84,19 @@ class Plan:
 
   def load_drafters(self) -> tuple[FusedDrafter, ...]:
     """The drafters' weights; a `UsageError` where a file is damaged."""
-    return tuple(
-      load_drafter_folder(
-        folder, self.target, self.config.dtype or "float32"
-      ).fuse()
-      for folder in self.drafters
-    )
+    return tuple(map(self._load_drafter, self.drafters))
+
+  def _load_drafter(self, folder: Path) -> FusedDrafter:
+    dtype = self.config.dtype or "float32"
+    drafter = load_drafter_folder(folder, self.target, dtype).fuse()
+    if self.mesh is None:
+      return drafter
+    return put_drafter(drafter, self.mesh, split=self.config.shard_drafters)
+
+  def load_target(self) -> LlamaTarget:
+    """The target's weights; a `UsageError` where a file is damaged."""
+    dtype = self.config.dtype or "float32"
+    return load_target(self.config.target, dtype, mesh=self.mesh)
 
   def role_warnings(self, drafters: Sequence[FusedDrafter]) -> list[str]:
     """A line for each drafter that was trained for the other's place.
@@ -104,7 +118,7 @@ class Plan:
   ) -> Models:
     """The target and the drafters that one of the modes uses."""
     used = tuple(drafters[: POLICIES[mode].num_drafters])
-    models = Models(target=target, drafters=used)
+    models = Models(target=target, drafters=used, mesh=self.mesh)
     int8 = used and self.config.drafter_weights == "int8"
     return models.with_int8_drafting() if int8 else models
 
@@ -129,6 +143,11 @@ def make_plan(config: DecodeConfig) -> Plan:
     config.max_new_tokens,
     f"less than the target's context of {target.max_length}",
   )
+  mesh = None
+  if config.mesh is not None:
+    mesh = make_mesh(config.mesh, DECODING_AXES)
+  size = 1 if mesh is None else mesh.shape[TENSOR]
+  check_split(target, size)
   num_drafters = max(POLICIES[mode].num_drafters for mode in modes)
   names = (("drafter", config.drafter), ("vp_drafter", config.vp_drafter))
   folders = tuple(
@@ -138,6 +157,8 @@ def make_plan(config: DecodeConfig) -> Plan:
     _check_drafter(path, target, config.target, field)
     for path, (field, _) in zip(folders, names, strict=False)
   ]
+  for shape in shapes if config.shard_drafters else ():
+    check_split(shape, size, "shard_drafters=True: mesh")
   second = config.second_block_size or 2
   expected = f"below the target's context of {target.max_length}"
   require(second < target.max_length, "second_block_size", second, expected)
@@ -156,6 +177,7 @@ def make_plan(config: DecodeConfig) -> Plan:
     target=target,
     drafters=folders,
     trees={mode: _tree(mode, config, block_size) for mode in modes},
+    mesh=mesh,
   )
 
 

@@ -11,17 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.loop import generate
+from d2sd_jax.decoding.placement import ROWS, WHOLE, put, to_host
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.state import DecodeState, Models, prefill
+from d2sd_jax.decoding.state import (
+  DecodeState,
+  Models,
+  prefill,
+  state_specs,
+)
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.sharding import DATA, TENSOR
 
 SMALLEST_BUCKET = 64
 _T = TypeVar("_T")
@@ -106,17 +113,22 @@ class Session:
       tree: static sizes of the tree.
       max_new_tokens: limit of every answer.
       stop_ids: ids that end an answer.
-      batch_size: rows decoded together; no more than there are requests.
+      batch_size: rows decoded together; no more than there are requests, but
+        of a mesh that splits the batch a multiple.
       prompt_size: one static length for all prompts, and one program; `None`
         is one for each power of two that occurs.
     """
     self.mode = mode
-    self.models, self.sampling, self.tree = models, sampling, tree
+    self.models, self.tree = models, tree
+    self.sampling = self._put(sampling, WHOLE)
     self._bucket = bucket if prompt_size is None else lambda _: prompt_size
     self._max_new_tokens = max_new_tokens
     self._stop_ids = np.asarray(stop_ids, np.int32)
     self._requests = list(requests)
-    self._batch_size = min(batch_size, len(self._requests))
+    # As many rows on every device; what is too many stays idle.
+    split = 1 if models.mesh is None else models.mesh.shape[DATA]
+    rows = min(batch_size, len(self._requests))
+    self._batch_size = -(-rows // split) * split
     longest = max(len(r.tokens) for r in self._requests)
     path = POLICIES[mode].max_path(tree)
     self._capacity = max(
@@ -127,7 +139,7 @@ class Session:
   def with_sampling(self, sampling: Sampling) -> "Session":
     """The same programs, for another temperature or seed."""
     other = copy.copy(self)
-    other.sampling = sampling
+    other.sampling = self._put(sampling, WHOLE)
     return other
 
   def batches(self) -> Iterator[list[Request]]:
@@ -143,7 +155,7 @@ class Session:
     state = dataclasses.replace(state, finished=~state.finished)
     timed(
       functools.partial(
-        self._generate, self.models, state, self.sampling, jnp.int32(1)
+        self._generate, self.models, state, self.sampling, self._number(1)
       )
     )
 
@@ -167,7 +179,7 @@ class Session:
       One answer per request.
     """
     state, prefill_seconds = self.start(requests)
-    limit = jnp.int32(1 if on_step else self._max_new_tokens)
+    limit = self._number(1 if on_step else self._max_new_tokens)
     decode_seconds, seen = 0.0, 0
 
     while True:
@@ -213,15 +225,13 @@ class Session:
       )
       for size in sizes
     ]
-    state = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced[0].out_info
-    )
+    state = self._state_shapes(traced[0].out_info)
     self.implementation = self._implementation(state.target_cache)
     cycles = generate.trace(
       self.models,
       state,
       self.sampling,
-      jnp.int32(1),
+      self._number(1),
       mode=self.mode,
       config=tree,
     )
@@ -229,16 +239,41 @@ class Session:
     compiled = interruptible(lambda: _compile_all(lowered))
     return dict(zip(sizes, compiled[1:], strict=True)), compiled[0]
 
+  def _state_shapes(self, state: Any) -> DecodeState:
+    """A state's shapes and, on a mesh, where its arrays lie."""
+    mesh, specs = self.models.mesh, state_specs(self.models)
+    place = lambda spec: None if mesh is None else NamedSharding(mesh, spec)
+    return jax.tree.map(
+      lambda spec, x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=place(spec)
+      ),
+      jax.tree.broadcast(specs, state),
+      state,
+    )
+
+  def _put(self, values: _T, spec: PartitionSpec) -> _T:
+    """Fresh arrays where the models are."""
+    specs = jax.tree.map(lambda _: spec, values)
+    return put(self.models.mesh, values, specs)
+
+  def _number(self, value: int) -> Any:
+    return self._put(np.int32(value), WHOLE)
+
   def _implementation(self, cache: KVCache) -> str:
     """What the target's attention runs when it verifies a tree."""
     target = self.models.target
     if not isinstance(target, LlamaTarget):
       return "unknown"
-    keys, heads = cache.keys[0], target.config.num_heads
+    mesh, heads = self.models.mesh, target.config.num_heads
+    whole = cache.keys[0]
+    rows, kv_heads, size, head_dim = whole.shape
+    if mesh is not None:  # Each device has its own part of both.
+      rows, kv_heads = rows // mesh.shape[DATA], kv_heads // mesh.shape[TENSOR]
+      heads //= mesh.shape[TENSOR]
     num_nodes = POLICIES[self.mode].num_nodes(self.tree)
-    query: Any = jax.ShapeDtypeStruct(
-      (keys.shape[0], 1, num_nodes, heads, keys.shape[3]), keys.dtype
-    )
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, whole.dtype)
+    query: Any = shape(rows, 1, num_nodes, heads, head_dim)
+    keys: Any = shape(rows, kv_heads, size, head_dim)
     return target.implementation or default_implementation(
       query, keys, target.layers[0].sinks
     )
@@ -255,8 +290,9 @@ class Session:
       tokens[row, : lengths[row]] = request.tokens
       limits[row], ids[row] = self._max_new_tokens, request.sequence_id
     # Fresh arrays every time: the state they end up in is donated.
-    host = (tokens, lengths, limits, ids, self._stop_ids)
-    return (self.models, *map(jnp.array, host), self.sampling)
+    rows = self._put((tokens, lengths, limits, ids), ROWS)
+    stop_ids = self._put(self._stop_ids, WHOLE)
+    return (self.models, *rows, stop_ids, self.sampling)
 
 
 def _compile_all(lowered: Sequence[Any]) -> list[Any]:
@@ -312,7 +348,7 @@ class _Row:
 
 def _read(state: DecodeState, requests: Sequence[Request]) -> list[_Row]:
   """What every request's row holds so far, on the host."""
-  host = jax.device_get(
+  host = to_host(
     (
       *(state.tokens, state.origins, state.accepted),
       *(state.lengths, state.finished, state.num_cycles),

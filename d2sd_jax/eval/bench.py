@@ -15,7 +15,7 @@ from d2sd_jax.eval.measure import Measured
 from d2sd_jax.eval.prompts import PROMPT_SETS
 from d2sd_jax.eval.tasks import Task, first_turns, with_second_turns
 from d2sd_jax.evaluation import choice_margin
-from d2sd_jax.io.models import load_target, load_tokenizer
+from d2sd_jax.io.models import load_tokenizer
 from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
@@ -248,7 +248,7 @@ def set_up(
   bench = Bench(
     config=config,
     plan=plan,
-    target=load_target(config.target, plan.config.dtype or "float32"),
+    target=plan.load_target(),
     drafters=drafters,
     stop_ids=tokenizer.stop_ids,
     tasks=tasks,
