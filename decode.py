@@ -61,7 +61,7 @@ CONFIG_FLAGS = (
   ),
   ("drafter", str, "PATH", "drafter 1: a folder or a shipped name"),
   ("vp_drafter", str, "PATH", "drafter 2: a folder or a shipped name"),
-  ("mode", str, "|".join((*MODES, "compare", "auto")), "default d2sd"),
+  ("mode", str, "|".join((*MODES, "compare", "auto")), "default auto"),
   ("block_size", cli.whole_number, "N", "slots of a block, anchor included"),
   ("num_branches", cli.whole_number, "N", "branches of the prefix tree"),
   ("temperature", cli.number, "T", "default 0, greedy"),

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
       "target": "openai/gpt-oss-20b",
       "drafter": "z-lab/gpt-oss-20b-DFlash",
       "mode": "dflash",
-      "num_branches": 4,
       "max_new_tokens": 2048,
     },
     type_safe=False,

@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
       "drafter": "z-lab/Qwen3-8B-DFlash-b16",
       "mode": "dflash",
       "block_size": 16,
-      "num_branches": 4,
       "max_new_tokens": 2048,
     },
     type_safe=False,

@@ -271,10 +271,14 @@ class TreeConfig:
 class DecodeConfig:
   """Everything `decode.py` can be told; `None` means "decide at run time".
 
+  Mode `auto` decides the policy, its block and its branches; a block that is
+  set holds.
+
   Drafter weights in `bfloat16` are as their files hold them, and are computed
   with in `dtype`; `int8` cannot change the output, only how much is accepted.
 
   Attributes:
+    num_branches: `None` is 4, or as many as a shorter block can have.
     mesh: devices by axis, such as `data:2,tensor:4`; `None` is one device. The
       batch is split over `data`, the target over `tensor`.
     shard_drafters: drafters are split over `tensor` too, not whole on every
@@ -284,9 +288,9 @@ class DecodeConfig:
   target: str = "smollm2-135m"
   drafter: str = "smollm2-135m-dflash"
   vp_drafter: str = "smollm2-135m-vp"
-  mode: str = "d2sd"
+  mode: str = "auto"
   block_size: int | None = None
-  num_branches: int = 4
+  num_branches: int | None = None
   second_block_size: int | None = None
   node_budget: int | None = None
   forbid_repeat: bool = False
@@ -310,7 +314,11 @@ class DecodeConfig:
         self.block_size is None or self.block_size >= 2,
         "at least 2",
       ),
-      ("num_branches", self.num_branches >= 0, "0 or more"),
+      (
+        "num_branches",
+        self.num_branches is None or self.num_branches >= 0,
+        "0 or more",
+      ),
       ("temperature", 0 <= self.temperature <= 1e30, "0 or more, to 1e30"),
       ("top_k", self.top_k >= 0, "0 (off) or more"),
       ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
@@ -330,8 +338,6 @@ class DecodeConfig:
     ):
       require(ok, field, getattr(self, field), expected)
     _check_batch(self, DECODING_AXES)
-    alone = self.mesh is None or self.mode != "auto"
-    require(alone, "mode", "auto", f"a named mode, with mesh={self.mesh!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -298,7 +298,7 @@ def test_long_prompt_is_one_line(smollm2_path, monkeypatch, capsys):
   del smollm2_path  # There is a target to fetch.
   monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
   monkeypatch.setattr(
-    decode, "load_target", lambda *_: pytest.fail("weights were loaded")
+    planning, "load_target", lambda *_, **__: pytest.fail("weights were loaded")
   )
   status = cli.run(decode.main, ["--mode=ar", "--prompt=" + "owl " * 8000])
   out, err = capsys.readouterr()
@@ -479,7 +479,7 @@ def tiny_target(tmp_path, monkeypatch):
   """The whole script around a tiny target; gives the flags for it."""
   monkeypatch.setattr(planning, "read_target_config", lambda _: tiny.TARGET)
   monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
-  monkeypatch.setattr(decode, "load_target", lambda *_: tiny.target())
+  monkeypatch.setattr(planning, "load_target", lambda *_, **__: tiny.target())
   monkeypatch.setattr(decode, "load_tokenizer", lambda _: FakeTokenizer())
   save_drafter(tiny.drafter(), tmp_path / "one")
   save_drafter(tiny.drafter(tiny.VP), tmp_path / "two")
@@ -489,6 +489,7 @@ def tiny_target(tmp_path, monkeypatch):
     "--max_new_tokens=9",
     "--block_size=4",
     "--dtype=float32",
+    "--mode=d2sd",
   ]
 
 
@@ -515,7 +516,7 @@ def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
   assert record["requested_mode"] == "d2sd"
   assert record["drafter_weights"] == "bfloat16"
   assert (record["mode"], len(record["tokens"])) == ("d2sd", 9)
-  assert (record["block_size"], record["num_branches"]) == (4, 2)
+  assert (record["block_size"], record["num_branches"]) == (4, 3)
   assert [p.name for p in output.parent.iterdir()] == ["out.json"]
   assert "9 tokens" in closing
   assert "α" in closing

@@ -162,10 +162,6 @@ def test_heads_that_cannot_be_split_are_refused():
     ({"mesh": "tensor:0"}, "mesh='tensor:0'"),
     ({"mesh": "fsdp:2"}, "such as data:2,tensor:2"),
     ({"mesh": "data:3", "batch_size": 4}, "batch_size=4: expected a multiple"),
-    (
-      {"mesh": "tensor:2", "mode": "auto"},
-      "mode='auto': expected a named mode",
-    ),
   ],
 )
 def test_bad_meshes(values, told):

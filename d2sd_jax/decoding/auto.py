@@ -7,7 +7,7 @@ autoregressive decoding is the choice unless another one clearly beats it.
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from d2sd_jax.config import TreeConfig
 from d2sd_jax.decoding.acceptance import (
@@ -88,10 +88,13 @@ def resolve(
   Raises:
     UsageError: the counts beside drafter 1 are damaged.
   """
+  if plan.mesh is not None:
+    # What travels is not part of the costs.
+    return _with_choice(plan, plan.trees, "auto: d2sd, unmeasured on a mesh")
   found = read_acceptance(plan.drafters[0])
   if not found:
     reason = f"no {ACCEPTANCE_FILE} beside drafter 1"
-    return _with_choice(plan, _AR, f"auto: ar, {reason}")
+    return _with_choice(plan, {"ar": _AR.tree}, f"auto: ar, {reason}")
   config = plan.config
   costs = cost_table(
     plan.models("d2sd", target, drafters),
@@ -99,13 +102,14 @@ def resolve(
     _CAPACITY,
     lambda name: _tell(f"measuring this device, once: {name}"),
   )
-  choice = choose(costs, found, config.temperature)
-  return _with_choice(plan, choice, f"auto: {choice}")
+  choice = choose(costs, found, config.temperature, config.block_size)
+  return _with_choice(plan, {choice.mode: choice.tree}, f"auto: {choice}")
 
 
-def _with_choice(plan: Plan, choice: Choice, chosen: str) -> Plan:
+def _with_choice(
+  plan: Plan, trees: Mapping[str, TreeConfig], chosen: str
+) -> Plan:
   _tell(chosen)
-  trees = {choice.mode: choice.tree}
   return dataclasses.replace(plan, trees=trees, chosen=chosen)
 
 
@@ -114,7 +118,10 @@ def _tell(line: str) -> None:
 
 
 def choose(
-  costs: CostTable, found: Sequence[Acceptance], temperature: float
+  costs: CostTable,
+  found: Sequence[Acceptance],
+  temperature: float,
+  block_size: int | None = None,
 ) -> Choice:
   """The fastest candidate, or `ar` where none is faster by `MARGIN`.
 
@@ -122,22 +129,36 @@ def choose(
     costs: of this device.
     found: what was measured of the drafters; may be empty.
     temperature: of sampling. Above 0 only what was measured above 0 counts.
+    block_size: the only one to be chosen; `None` is any.
   """
   sampled = temperature > 0
   fitting = [a for a in found if (a.temperature > 0) == sampled]
-  best = max(candidates(costs, fitting), key=lambda c: c.speedup, default=_AR)
+  wanted = [
+    c
+    for c in candidates(costs, fitting, block_size)
+    if block_size in (None, c.tree.block_size)
+  ]
+  best = max(wanted, key=lambda c: c.speedup, default=_AR)
   return best if best.speedup > MARGIN else _AR
 
 
 def candidates(
-  costs: CostTable, found: Sequence[Acceptance]
+  costs: CostTable,
+  found: Sequence[Acceptance],
+  block_size: int | None = None,
 ) -> Iterator[Choice]:
-  """Every measured mode, with its own block size and all shorter ones."""
+  """Every measured mode, with its own block size and shorter ones.
+
+  Args:
+    costs: of this device.
+    found: what was measured of the drafters.
+    block_size: one more to try beside `BLOCK_SIZES`.
+  """
   for each in found:
     known = each.mode in MODES
     if not known or POLICIES[each.mode].num_drafters > len(costs.drafts):
       continue
-    for block in sorted({*BLOCK_SIZES, each.block_size}):
+    for block in {*BLOCK_SIZES, each.block_size, block_size or 2}:
       if each.num_branches < block <= each.block_size:
         tree = TreeConfig(block_size=block, num_branches=each.num_branches)
         yield Choice(

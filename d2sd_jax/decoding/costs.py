@@ -109,11 +109,14 @@ def _from_json(row: Mapping[str, Any]) -> CostTable:
 def _key(models: Models, batch: int, capacity: int) -> str:
   """Device, versions and shapes: all that times depend on."""
   device = jax.devices()[0]
-  shapes = [(x.shape, x.dtype.name) for x in jax.tree.leaves(models)]
-  sizes = (shapes, batch, capacity, VERIFY_SIZES, DRAFT_SIZES)
+  sizes = (_shapes(models), batch, capacity, VERIFY_SIZES, DRAFT_SIZES)
   digest = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
   kind = f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
   return f"{kind}, {digest}"
+
+
+def _shapes(model: Any) -> str:
+  return repr([(x.shape, x.dtype.name) for x in jax.tree.leaves(model)])
 
 
 def _measure(
@@ -137,13 +140,15 @@ def _measure(
   draft = lambda i: lambda size: _draft(models, i, lengths, capacity, size)
   largest = capacity - capacity // 2
   fitting = [size for size in VERIFY_SIZES if size <= largest]
-  return CostTable(
-    verify=times(fitting, "verification", verify),
-    drafts=tuple(
-      times(DRAFT_SIZES, f"draft {i + 1}", draft(i))
-      for i in range(len(models.drafters))
-    ),
-  )
+  verified = times(fitting, "verification", verify)
+  # Drafters of the same shape, as a pair has it, cost the same.
+  kinds = [(_shapes(d), d.config.block_size) for d in models.drafters]
+  drafted = {
+    kind: times(DRAFT_SIZES, f"draft {i + 1}", draft(i))
+    for kind, i in {kind: kinds.index(kind) for kind in kinds}.items()
+  }
+  drafts = tuple(drafted[kind] for kind in kinds)
+  return CostTable(verify=verified, drafts=drafts)
 
 
 def _verification(

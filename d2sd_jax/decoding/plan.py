@@ -187,6 +187,8 @@ def _tree(mode: str, config: DecodeConfig, block_size: int) -> TreeConfig:
   They have one value instead, so that one program serves all configs.
   """
   wanted = {**dataclasses.asdict(config), "block_size": block_size}
+  if config.num_branches is None:
+    wanted["num_branches"] = min(TreeConfig().num_branches, block_size - 1)
   read = {field: wanted[field] for field in POLICIES[mode].reads}
   return TreeConfig(**{"block_size": 2, "num_branches": 0, **read})
 
