@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from d2sd_jax.bench.cell import Cell, Piece
 from d2sd_jax.bench.collectives import (
   GATHER,
+  OWN,
   SUM,
   Message,
   draft_messages,
-  pass_arrays,
+  pass_carry,
   pass_step,
   target_messages,
   together,
@@ -28,7 +29,7 @@ from d2sd_jax.bench.floors import (
   target_work,
 )
 from d2sd_jax.decoding.cycle import commit, decode_cycle
-from d2sd_jax.decoding.placement import ROWS, cache_spec
+from d2sd_jax.decoding.placement import ROWS, WHOLE, cache_spec
 from d2sd_jax.decoding.policies import POLICIES, draft_block, redraft
 from d2sd_jax.decoding.state import DecodeState, Models
 from d2sd_jax.models.target import TargetOutput
@@ -335,16 +336,15 @@ def _collectives(
   config: BenchConfig, batch: int, nodes: int
 ) -> Callable[[Mesh], Piece]:
   def piece(mesh: Mesh) -> Piece:
-    carry, inputs, specs = pass_arrays(config, mesh, batch, nodes)
     own = device_batch(batch, mesh)
     states = own, nodes, config.hidden_size
     sums = 2 * config.num_layers + 1
     return Piece(
       step=pass_step(config.num_layers),
       models=None,
-      carry=carry,
-      inputs=inputs,
-      specs=specs,
+      carry=pass_carry(config, mesh, batch, nodes),
+      inputs=None,
+      specs=(WHOLE, OWN, WHOLE),
       messages={
         Message(SUM, states, config.dtype_name): sums,
         Message(GATHER, (own, nodes)): 1,
