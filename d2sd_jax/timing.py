@@ -1,16 +1,19 @@
 """Device time of one step, inside one loop whose steps need each other."""
 
 import dataclasses
-import functools
 import math
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from d2sd_jax.decoding.placement import WHOLE, spread
 
 # Takes models, what the step before returned, and inputs that stay.
 Step = Callable[[Any, Any, Any], Any]
@@ -20,6 +23,8 @@ _MARKS = {
   "mosaic_gpu": "mosaic_gpu",
   "mosaic_tpu": "tpu_custom_call",
 }
+# What devices exchange; where it waits somewhere else, it is but started.
+_COLLECTIVES = re.compile(r"\s(all-reduce|all-gather)(?:-start)?\(")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +36,14 @@ class Timing:
     steps: in one timed call.
     compile_seconds: which are not part of any time.
     custom_calls: names of the kernels in the compiled program.
+    collectives: how many exchanges between devices a step has, by their kind.
   """
 
   times: tuple[float, ...]
   steps: int
   compile_seconds: float
   custom_calls: tuple[str, ...]
+  collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def median(self) -> float:
@@ -45,6 +52,7 @@ class Timing:
 
   def record(self) -> dict[str, Any]:
     """As it is written to a file."""
+    exchanged = {"collectives": dict(self.collectives)}
     return {
       "median_ms": self.median,
       "least_ms": min(self.times),
@@ -53,6 +61,7 @@ class Timing:
       "steps": self.steps,
       "compile_seconds": self.compile_seconds,
       "custom_calls": list(self.custom_calls),
+      **(exchanged if self.collectives else {}),
     }
 
   def check_ran(self, implementations: Mapping[str, str]) -> None:
@@ -61,13 +70,23 @@ class Timing:
     Args:
       implementations: what should be there, by what it is for.
     """
+    called = (*self.custom_calls, *self.collectives)
     for use, name in implementations.items():
-      mark = _MARKS.get(name, "")
-      if not any(mark in call for call in (*self.custom_calls, "")):
+      mark = name if name.startswith("all-") else _MARKS.get(name, "")
+      if not any(mark in call for call in (*called, "")):
         raise RuntimeError(
           f"{use} should run {name}, but the compiled program calls"
-          f" {', '.join(self.custom_calls) or 'no kernel'}"
+          f" {', '.join(called) or 'no kernel'}"
         )
+
+  def check_exchanged(self, kind: str, count: int) -> None:
+    """Raises `RuntimeError` where XLA has left out or merged exchanges."""
+    found = self.collectives.get(kind, 0)
+    if found < count:
+      raise RuntimeError(
+        f"a step should have {count} {kind}, but the compiled program has"
+        f" {found}"
+      )
 
 
 def time_step(
@@ -78,6 +97,8 @@ def time_step(
   *,
   repeats: int,
   seconds: float,
+  mesh: Mesh | None = None,
+  specs: tuple[Any, Any, Any] = (WHOLE, WHOLE, WHOLE),
 ) -> Timing:
   """Times `step`, called again and again on its own result.
 
@@ -92,9 +113,11 @@ def time_step(
     inputs: what all steps get.
     repeats: timed calls.
     seconds: about how long each of them lasts.
+    mesh: on whose devices the whole loop runs in one `shard_map`; `step` then
+      gets each device's part. `None` is one device.
+    specs: `PartitionSpec`s of models, carry and inputs on the mesh.
   """
 
-  @functools.partial(jax.jit, donate_argnames="carry")
   def loop(models, carry, inputs, count):
     def once(_, carry):
       carry, held = jax.lax.optimization_barrier((carry, inputs))
@@ -102,13 +125,20 @@ def time_step(
 
     return jax.lax.fori_loop(0, count, once, carry)
 
+  def counted(steps: int) -> jax.Array:
+    # On all devices, or every call would begin with its way there.
+    place = None if mesh is None else NamedSharding(mesh, WHOLE)
+    return jax.block_until_ready(jax.device_put(jnp.int32(steps), place))
+
+  everywhere = spread(loop, mesh, (*specs, WHOLE), specs[1])
+  compiling = jax.jit(everywhere, donate_argnums=1)
   start = time.perf_counter()
-  program = loop.lower(models, carry, inputs, jnp.int32(1)).compile()
+  program = compiling.lower(models, carry, inputs, counted(1)).compile()
   compile_seconds = time.perf_counter() - start
 
   def call(steps: int) -> float:
     nonlocal carry
-    count = jax.block_until_ready(jnp.int32(steps))
+    count = counted(steps)
     start = time.perf_counter()
     carry = jax.block_until_ready(program(models, carry, inputs, count))
     return time.perf_counter() - start
@@ -116,11 +146,13 @@ def time_step(
   jax.block_until_ready((models, carry, inputs))
   call(1)
   steps = max(1, math.ceil(seconds / call(1)))
+  hlo = program.as_text() or ""
   return Timing(
     times=tuple(1e3 * call(steps) / steps for _ in range(repeats)),
     steps=steps,
     compile_seconds=compile_seconds,
-    custom_calls=_custom_calls(program.as_text() or ""),
+    custom_calls=_custom_calls(hlo),
+    collectives=Counter(_COLLECTIVES.findall(hlo)),
   )
 
 

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -205,3 +210,133 @@ def test_the_shipped_grid_is_what_was_asked_for(capsys):
         assert f"{piece}/{batch}x{cache}" in names
   assert "op/1x80@8192/mosaic_gpu" in names
   assert len(names) == 11 + 8 * 3 + 5 * 5
+
+
+# Devices are simulated in a process of its own.
+_ON_A_MESH = """
+import json, sys
+import jax
+from d2sd_jax import cli
+from d2sd_jax.bench import __main__ as bench
+from d2sd_jax.bench.config import BenchConfig
+from d2sd_jax.bench.models import random_models, random_state
+from d2sd_jax.kernels.cascade_attention import bench as op
+from d2sd_jax.sharding import DECODING_AXES, make_mesh
+
+op.MAX_SETS = 2
+for run in json.loads(sys.argv[1]):
+  print(cli.run(bench.main, run), file=sys.stderr)
+config = cli.load_config(BenchConfig, "bench_tiny", {"mesh": "data:2,tensor:2",
+  "batches": (2,), "shard_drafters": True, "drafter_weights": "int8"})
+mesh = make_mesh(config.mesh, DECODING_AXES)
+models = random_models(config, mesh)
+state = random_state(models, config, 2, 48)
+assert state.target_cache.keys[0].sharding.shard_shape((2, 2, 48, 8))[:2] == (
+  1, 1)
+for weight in (models.target.layers[0].qkv_proj, models.draft_head.values,
+  models.drafters[1].layers[0].down_proj.values):
+  part = weight.addressable_shards[0].data.size
+  assert 2 * part == weight.size, weight.sharding
+"""
+_ROWS = (
+  "ar/1*,draft_?/1*,verify_7/1*,commit/*,cycle/1*,collectives_7/1*,op/*xla"
+)
+
+
+@pytest.fixture(scope="module")
+def on_a_mesh(tmp_path_factory):
+  """Rows of a mesh of two of four devices, and what each run told."""
+  folder = tmp_path_factory.mktemp("mesh")
+  out = folder / "mesh.json"
+  common = ["--config=bench_tiny", f"--out={out}", "--config.dtype=float32"]
+  split, refused = "--mesh=data:1,tensor:2", f"--out={folder / 'none.json'}"
+  runs = [
+    [*common, split, f"--rows={_ROWS}"],
+    [*common, "--mesh=tensor:4", refused],
+    [*common, "--mesh=tensor:6", refused],
+    [*common, "--mesh=data:2", refused],
+    [*common, "--mesh=tensor:3", "--rows=ar/1*"],
+    [*common, "--rows=ar/1*"],
+  ]
+  here = Path(__file__).parents[1]
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+    # Half the time to compile.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": str(here),
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", _ON_A_MESH, json.dumps(runs)],
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  assert not (folder / "none.json").exists()
+  rows = {row["row"]: row for row in json.loads(out.read_text())}
+  told = [x for x in done.stderr.splitlines() if not x.startswith("[")]
+  return rows, told
+
+
+def test_on_a_mesh_every_row_is_one_devices(on_a_mesh, config):
+  rows, _ = on_a_mesh
+  assert not any("failed" in row for row in rows.values())
+  names = [name for name in rows if not name.startswith("rates")]
+  assert names == [
+    *("ar/1x48", "draft_1/1x48", "draft_2/1x48", "verify_7/1x48"),
+    *("commit/1x48", "cycle/1x48", "collectives_7/1x48", "op/1x7@48/xla"),
+  ]
+  models = random_models(config)
+  alone = floors.target_work(models, 1, 7, 42)
+  row = rows["verify_7/1x48"]
+  # Norms are whole, and the odd vocabulary is filled up.
+  assert 0.5 < row["bytes"] / alone.bytes < 0.52
+  assert 0.5 < row["flops"] / alone.flops < 0.52
+  # Drafters are whole; half of the head is not.
+  alone = floors.draft_work(models, 0, 1, 1, 5, 42)
+  assert alone.bytes - rows["draft_1/1x48"]["bytes"] == 4 * 24 * 30
+  assert row["config"]["mesh"] == "data:1,tensor:2"
+  assert row["implementations"] == {"target": "xla"}
+
+
+def test_on_a_mesh_exchanges_are_those_that_were_counted(on_a_mesh):
+  rows, _ = on_a_mesh
+  for name, row in rows.items():
+    counted = Counter()
+    for message, count in row.get("messages", {}).items():
+      counted[message.split("/")[1]] += count
+      assert rows[message]["median_ms"] > 0
+    if not name.startswith("rates"):
+      assert row.get("collectives", {}) == counted
+  alone = rows["collectives_7/1x48"]
+  assert alone["collectives"] == {"all-reduce": 9, "all-gather": 1}
+  assert alone["floor_ms"] == pytest.approx(alone["collectives_ms"])
+  verified = rows["verify_7/1x48"]
+  assert verified["messages"] == alone["messages"]
+  assert verified["floor_ms"] > verified["collectives_ms"] > 0
+
+
+def test_a_mesh_that_does_not_fit_is_refused_in_a_line(on_a_mesh):
+  _, told = on_a_mesh
+  assert [line for line in told if line.isdigit()] == list("022222")
+  errors = [line for line in told if line.startswith("error")]
+  for error, words in zip(
+    errors,
+    (
+      "mesh axis tensor=4: expected a divisor of the 6 query heads",
+      "mesh='tensor:6': expected data:4 or another product up to 4",
+      "batches=(1, 3): expected multiples of 2",
+      "of mesh data:1,tensor:3; its rows are of mesh data:1,tensor:2",
+      "of mesh None; its rows are of mesh data:1,tensor:2",
+    ),
+    strict=True,
+  ):
+    assert words in error
+
+
+def test_drafters_are_shared_on_a_mesh_only():
+  flags = ["--config=bench_tiny", "--shard_drafters", "--list"]
+  with pytest.raises(UsageError, match="shard_drafters=True"):
+    bench.main(flags)

@@ -3,7 +3,8 @@
 One process measures the device's own rates first, then every row that is
 wanted and is not in the results file yet: random weights, random data, device
 time of a step inside one loop. Each row is written as soon as it is there, so
-that a long grid can be measured in parts.
+that a long grid can be measured in parts. On a mesh (`--mesh`) floors are those
+of one device, and what the devices exchange, as measured by itself, is added.
 """
 
 import dataclasses
@@ -16,12 +17,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from d2sd_jax import cli
+from d2sd_jax.bench.cell import Piece
+from d2sd_jax.bench.collectives import Message, message_timing
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.floors import Rates, Work
 from d2sd_jax.bench.models import random_models
-from d2sd_jax.bench.pieces import Piece, pieces
+from d2sd_jax.bench.pieces import collective_rows, pieces
 from d2sd_jax.bench.rates import measure_rates
 from d2sd_jax.bench.results import Results, print_table
 from d2sd_jax.decoding.report import versions
@@ -29,7 +33,9 @@ from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require
 from d2sd_jax.io.paths import check_output
 from d2sd_jax.kernels.cascade_attention import bench as op
-from d2sd_jax.timing import time_step
+from d2sd_jax.sharding import DECODING_AXES, TENSOR, make_mesh
+from d2sd_jax.tensor_parallel import Share
+from d2sd_jax.timing import Timing, time_step
 
 PROGRAM = "-m d2sd_jax.bench"
 EXAMPLES = f"""\
@@ -39,6 +45,7 @@ EXAMPLES = f"""\
       --rows='*/1x1024,op/*'
   python {PROGRAM} --config=configs/bench_qwen3_8b.py --drafter_weights=int8 \\
       --rows='draft*/1x1024,ar/1x1024,cycle/1x1024'
+  python {PROGRAM} --config=configs/bench_qwen3_32b.py --mesh=tensor:4
 """
 
 
@@ -68,6 +75,17 @@ def flag_parser() -> cli.FlagParser:
     help="begin no row after so long; the same command goes on later",
   )
   add("--drafter_weights", metavar="bfloat16|int8", help="default bfloat16")
+  add(
+    "--mesh",
+    metavar="tensor:N",
+    help="devices that share the models, or 'data:M,tensor:N' (default one)",
+  )
+  add(
+    "--shard_drafters",
+    action="store_const",
+    const=True,
+    help="they share the drafters too; by default each has both",
+  )
   add("--out", metavar="FILE", help="results; default is the config's")
   return parser
 
@@ -76,21 +94,22 @@ def main(arguments: Sequence[str]) -> None:
   """Everything the script does."""
   started = time.monotonic()
   flags, overrides = flag_parser().parse(arguments)
-  for name in ("drafter_weights", "out"):
+  for name in ("drafter_weights", "mesh", "shard_drafters", "out"):
     if getattr(flags, name) is not None:
       overrides[name] = getattr(flags, name)
   config = cli.load_config(BenchConfig, flags.config, overrides)
-  grid, shapes = pieces(config), _op_rows(config)
-  wanted = _choose([*grid, *shapes], flags.rows)
+  plan = _Plan.of(config)
+  wanted = _choose(plan.names, flags.rows)
   if flags.list:
     print("\n".join(wanted))
     return
+  mesh = config.mesh and make_mesh(config.mesh, DECODING_AXES)
   results = Results.open(check_output(config.out, "out"), _identity(config))
   left = [n for n in wanted if flags.again or n not in results.done]
 
   cli.setup_jax_cache()
   rates = measure_rates(config, results)
-  bench = _Bench(config, grid, shapes, rates)
+  bench = _Bench(config, plan, rates, mesh or None, results)
   for i, name in enumerate(left):
     if flags.minutes and time.monotonic() - started > 60 * flags.minutes:
       print(f"{len(left) - i} rows are left", file=sys.stderr, flush=True)
@@ -107,6 +126,11 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
     del sizes[field]
   for field in ("op_shapes", "op_implementations"):
     del sizes[field]
+  if config.mesh is None:
+    del sizes["mesh"], sizes["shard_drafters"]
+  else:
+    axes = config.mesh_sizes.items()
+    sizes["mesh"] = ",".join(f"{axis}:{size}" for axis, size in axes)
   return {
     "device": jax.devices()[0].device_kind,
     "versions": versions(),
@@ -125,18 +149,45 @@ def _choose(names: Sequence[str], globs: str) -> list[str]:
 
 
 def _op_rows(config: BenchConfig) -> dict[str, tuple[op.Shape, str]]:
-  """Shape and implementation of every row of the op alone."""
+  """Shape and implementation of every row of the op alone.
+
+  On a mesh it has the heads of one device.
+  """
+  share = Share(config=config.target, part=0, size=config.mesh_sizes[TENSOR])
   rows = {}
   for text in config.op_shapes:
     (shape,) = op.parse_shapes(
       text,
-      kv_heads=config.num_kv_heads,
-      group=config.num_heads // config.num_kv_heads,
+      kv_heads=len(share.key_heads),
+      group=len(share.heads) // len(share.key_heads),
       head_size=config.head_dim,
     )
     for name in config.op_implementations:
       rows[f"op/{text}/{name}"] = (shape, name)
   return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How each row is made, by its name.
+
+  Attributes:
+    grid: rows that run the models.
+    exchanges: rows of what the devices of a mesh exchange, and nothing else.
+    shapes: rows of the op alone.
+  """
+
+  grid: Mapping[str, Callable[[Models], Piece]]
+  exchanges: Mapping[str, Callable[[Mesh], Piece]]
+  shapes: Mapping[str, tuple[op.Shape, str]]
+
+  @classmethod
+  def of(cls, config: BenchConfig) -> "_Plan":
+    return cls(pieces(config), collective_rows(config), _op_rows(config))
+
+  @property
+  def names(self) -> list[str]:
+    return [*self.grid, *self.exchanges, *self.shapes]
 
 
 class _Bench:
@@ -145,41 +196,57 @@ class _Bench:
   def __init__(
     self,
     config: BenchConfig,
-    grid: Mapping[str, Callable[[Models], Piece]],
-    shapes: Mapping[str, tuple[op.Shape, str]],
+    plan: _Plan,
     rates: Rates,
+    mesh: Mesh | None,
+    results: Results,
   ):
-    self._config, self._grid, self._shapes = config, grid, shapes
-    self._rates = rates
+    self._config, self._plan, self._rates = config, plan, rates
+    self._mesh, self._results = mesh, results
     self._models: Models | None = None
+    self._latencies: dict[Message, float] = {}
 
   def row(self, name: str) -> dict[str, Any]:
     """A row's figures, or why there are none."""
     try:
-      measured = self._piece(name) if name in self._grid else self._op(name)
+      measured = self._measured(name)
     except Exception as error:  # A row says why; others go on.
       measured = {"failed": cli.one_line(error)}
     gc.collect()
     return {**measured, "rates": dataclasses.asdict(self._rates)}
 
-  def _piece(self, name: str) -> dict[str, Any]:
-    if self._models is None:
-      self._models = random_models(self._config)
-    piece = self._grid[name](self._models)
+  def _measured(self, name: str) -> dict[str, Any]:
+    if name in self._plan.shapes:
+      return self._op(name)
+    if self._mesh is not None and name in self._plan.exchanges:
+      piece = self._plan.exchanges[name](self._mesh)
+      timing = self._time(piece)
+      for message, count in piece.messages.items():
+        timing.check_exchanged(message.kind, count)
+    else:
+      if self._models is None:
+        self._models = random_models(self._config, self._mesh)
+      piece = self._plan.grid[name](self._models)
+      timing = self._time(piece)
+    return {
+      **timing.record(),
+      **self._floor(piece.works, piece.messages),
+      "implementations": dict(piece.implementations),
+    }
+
+  def _time(self, piece: Piece) -> Timing:
     timing = time_step(
       *(piece.step, piece.models, piece.carry, piece.inputs),
       repeats=self._config.repeats,
       seconds=self._config.seconds,
+      mesh=self._mesh,
+      specs=piece.specs,
     )
     timing.check_ran(piece.implementations)
-    return {
-      **timing.record(),
-      **self._floor(piece.works),
-      "implementations": dict(piece.implementations),
-    }
+    return timing
 
   def _op(self, name: str) -> dict[str, Any]:
-    shape, implementation = self._shapes[name]
+    shape, implementation = self._plan.shapes[name]
     config = self._config
     measured = op.measure(
       op.implementation(implementation),
@@ -195,17 +262,35 @@ class _Bench:
       "repeats": config.repeats,
       "sets": measured["sets"],
       "max_error": measured["max_error"],
-      **self._floor([Work(shape.bytes(size), shape.flops())]),
+      **self._floor([Work(shape.bytes(size), shape.flops())], {}),
       "implementations": {"op": implementation},
     }
 
-  def _floor(self, works: Sequence[Work]) -> dict[str, Any]:
+  def _floor(
+    self, works: Sequence[Work], messages: Mapping[Message, int]
+  ) -> dict[str, Any]:
+    exchanged = {m.row: n for m, n in messages.items()}
+    exchange = sum(n * self._latency(m) for m, n in messages.items())
+    work = sum(work.milliseconds(self._rates) for work in works)
+    more = {"collectives_ms": exchange, "messages": exchanged}
     return {
-      "floor_ms": sum(work.milliseconds(self._rates) for work in works),
+      "floor_ms": work + exchange,
       "bound": [work.bound(self._rates) for work in works],
       "bytes": sum(work.bytes for work in works),
       "flops": sum(work.flops for work in works),
+      **(more if messages else {}),
     }
+
+  def _latency(self, message: Message) -> float:
+    """Milliseconds of one message, measured once a process, as a row."""
+    if message not in self._latencies:
+      if self._mesh is None:
+        raise ValueError(f"a message on one device: {message}")
+      timing = message_timing(self._config, self._mesh, message)
+      kind = {"implementations": {"message": message.kind}}
+      self._results.add(message.row, {**timing.record(), **kind})
+      self._latencies[message] = timing.median
+    return self._latencies[message]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from d2sd_jax.config import (
   default_target_layer_ids,
 )
 from d2sd_jax.errors import require
+from d2sd_jax.sharding import DATA, DECODING_AXES, TENSOR, parse_mesh
+from d2sd_jax.tensor_parallel import check_split
 
 _SIZES = (
   *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
@@ -28,6 +30,9 @@ class BenchConfig:
   Attributes:
     num_taps: target layers the drafters read.
     drafter_weights: `bfloat16` is `dtype`, unquantised.
+    mesh: the devices that share the models, such as `data:1,tensor:4`; `None`
+      is one device.
+    shard_drafters: whether they share the drafters too, or each has both.
     implementation: of the target's attention; `None` chooses.
     batches, caches: the grid; all rows at the first of both, and elsewhere
       the AR step, `grid_nodes` nodes verified and the whole cycle.
@@ -55,6 +60,8 @@ class BenchConfig:
   num_branches: int = 4
   dtype: str | None = None
   drafter_weights: str = "bfloat16"
+  mesh: str | None = None
+  shard_drafters: bool = False
   implementation: str | None = None
   batches: tuple[int, ...] = (1, 4, 16)
   caches: tuple[int, ...] = (1024, 8192, 32768)
@@ -87,6 +94,22 @@ class BenchConfig:
       value = getattr(self, field)
       names = ", ".join(name for name in known if name)
       require(value in known, field, value, f"one of {names}")
+    self._check_mesh()
+
+  def _check_mesh(self):
+    sizes = self.mesh_sizes
+    check_split(self.target, sizes[TENSOR])
+    parts = sizes[DATA]
+    fits = all(batch % parts == 0 for batch in self.batches)
+    expected = f"multiples of {parts}, the size of mesh axis {DATA}"
+    require(fits, "batches", self.batches, expected)
+    fits = self.mesh is not None or not self.shard_drafters
+    require(fits, "shard_drafters", self.shard_drafters, "a mesh with it")
+
+  @property
+  def mesh_sizes(self) -> dict[str, int]:
+    """Of the axes `data` and `tensor`; 1 where there is no mesh."""
+    return parse_mesh(self.mesh, DECODING_AXES)
 
   @property
   def dtype_name(self) -> str:

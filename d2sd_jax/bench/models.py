@@ -2,20 +2,29 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from d2sd_jax.bench.config import BenchConfig
-from d2sd_jax.config import TargetConfig
-from d2sd_jax.decoding.state import DecodeState, Models, prefill
-from d2sd_jax.models.drafter import INIT_STD, Drafter
+from d2sd_jax.config import DrafterConfig, TargetConfig
+from d2sd_jax.decoding.placement import (
+  WHOLE,
+  model_specs,
+  shardings,
+  weight_specs,
+)
+from d2sd_jax.decoding.state import DecodeState, Models, prefill, state_specs
+from d2sd_jax.models.drafter import INIT_STD, FusedDrafter
 from d2sd_jax.models.layers import LayerWeights
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.sharding import TENSOR
+from d2sd_jax.tensor_parallel import Share
 from d2sd_jax.tree import PrefixTree, chain_tree
 from d2sd_jax.typing import Array
 
@@ -23,18 +32,22 @@ from d2sd_jax.typing import Array
 _TRUNK = 16
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-  """Normal noise; jitted, so that nothing but the result takes memory."""
-  return jax.random.normal(key, shape, dtype)
+@functools.cache
+def _normal(
+  shape: tuple[int, ...], dtype: Any, place: Any, mean: float, std: float
+) -> Callable[[Array], Array]:
+  """Draws noise at a place; jitted, so that nothing else takes memory."""
+  draw = lambda key: mean + std * jax.random.normal(key, shape, dtype)
+  return jax.jit(draw, out_shardings=place)
 
 
 class Draws:
   """Random arrays, each from a key of its own."""
 
-  def __init__(self, seed: int, dtype: str):
+  def __init__(self, seed: int, dtype: str, mesh: Mesh | None = None):
     """Draws of one seed; `dtype` is that of real numbers."""
     self._key, self._count = jax.random.key(seed), 0
+    self._mesh = mesh
     self.dtype = jnp.dtype(dtype)
 
   def key(self) -> Array:
@@ -42,53 +55,106 @@ class Draws:
     self._count += 1
     return jax.random.fold_in(self._key, self._count)
 
-  def noise(self, *shape: int) -> Array:
-    """Normal noise."""
-    return normal(self.key(), shape, self.dtype)
+  def noise(
+    self,
+    *shape: int,
+    spec: PartitionSpec = WHOLE,
+    mean: float = 0.0,
+    std: float = 1.0,
+  ) -> Array:
+    """Normal noise; on a mesh each device draws its own part."""
+    place = None if self._mesh is None else NamedSharding(self._mesh, spec)
+    return _normal(shape, self.dtype, place, mean, std)(self.key())
 
   def tokens(self, vocab_size: int, *shape: int) -> Array:
     """Ids of a vocabulary."""
     return jax.random.randint(self.key(), shape, 0, vocab_size, jnp.int32)
 
 
-def random_models(config: BenchConfig) -> Models:
-  """A target and two drafters with random weights, on the default device."""
-  draws = Draws(config.seed, config.dtype_name)
-  make = lambda: Drafter(
-    config.drafter, rngs=nnx.Rngs(draws.key()), dtype=draws.dtype
+def at_places(mesh: Mesh | None, values: Any, specs: Any) -> Any:
+  """Arrays where `specs`, or those of whole subtrees, say; if need be moved."""
+  if mesh is None:
+    return values
+  return jax.device_put(values, shardings(mesh, specs))
+
+
+def random_models(config: BenchConfig, mesh: Mesh | None = None) -> Models:
+  """A target and two drafters with random weights, drawn where they lie.
+
+  Args:
+    config: their shapes, and whether devices share the drafters too.
+    mesh: the devices that share the target; `None` is the default device.
+  """
+  draws = Draws(config.seed, config.dtype_name, mesh)
+  axis = None if mesh is None else TENSOR
+  drafter_axis = axis if config.shard_drafters else None
+  size = lambda axis: 1 if mesh is None or axis is None else mesh.shape[axis]
+  target = LlamaTarget(
+    **_shapes(config.target, size(axis)),
+    config=config.target,
+    implementation=config.implementation,
+    axis=axis,
   )
-  target = _target(config.target, draws, config.implementation)
-  models = Models(target=target, drafters=(make().fuse(), make().fuse()))
-  int8 = config.drafter_weights == "int8"
-  return models.with_int8_drafting() if int8 else models
+  drafter = FusedDrafter(
+    **_shapes(config.drafter, size(drafter_axis)),
+    config=config.drafter,
+    axis=drafter_axis,
+  )
+  models = Models(
+    target=_drawn(draws, target),
+    drafters=(_drawn(draws, drafter), _drawn(draws, drafter)),
+    mesh=mesh,
+  )
+  if config.drafter_weights == "int8":
+    models = models.with_int8_drafting()
+  return at_places(mesh, models, model_specs(models))
 
 
-def _target(c: TargetConfig, draws: Draws, implementation: str | None):
-  """A target whose every matrix and norm is random."""
-  matrix = lambda *shape: INIT_STD * draws.noise(*shape)
-  norm = lambda size: 1 + INIT_STD * draws.noise(size)
-  width, mlp, head = c.hidden_size, c.intermediate_size, c.head_dim
-  query, key = c.num_heads * head, c.num_kv_heads * head
+def _drawn(draws: Draws, shapes: Any) -> Any:
+  """A model whose every matrix and norm is random, of one of shapes."""
 
-  def layer() -> LayerWeights:
-    return LayerWeights(
-      input_norm=norm(width),
-      qkv_proj=matrix(width, query + 2 * key),
-      o_proj=matrix(query, width),
-      q_norm=norm(head) if c.qk_norm else None,
-      k_norm=norm(head) if c.qk_norm else None,
-      post_norm=norm(width),
-      gate_up_proj=matrix(width, 2 * mlp),
-      down_proj=matrix(mlp, width),
-    )
+  def draw(array, spec):
+    mean = 1.0 if array.ndim == 1 else 0.0
+    return draws.noise(*array.shape, spec=spec, mean=mean, std=INIT_STD)
 
-  return LlamaTarget(
-    embedding=matrix(c.vocab_size, width),
-    layers=tuple(layer() for _ in range(c.num_layers)),
-    norm=norm(width),
-    lm_head=None if c.tied_head else matrix(c.vocab_size, width),
-    config=c,
-    implementation=implementation,
+  return jax.tree.map(draw, shapes, weight_specs(shapes))
+
+
+def _array(*shape: int) -> Any:
+  """Stands for an array of a model that is not there yet."""
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _shapes(c: TargetConfig | DrafterConfig, size: int) -> dict[str, Any]:
+  """The weights of a target or a drafter that `size` devices share."""
+  share = Share(config=c, part=0, size=size)
+  width, key = c.hidden_size, len(share.key_rows)
+  layers = tuple(_layer_shapes(c, size) for _ in range(c.num_layers))
+  both = {"layers": layers, "norm": _array(width)}
+  if isinstance(c, DrafterConfig):
+    return both | {
+      "fc": _array(len(c.target_layer_ids) * width, width),
+      "hidden_norm": _array(width),
+      "context_proj": _array(width, size * 2 * c.num_layers * key),
+    }
+  table = _array(size * len(share.vocabulary_rows), width)
+  return both | {"embedding": table, "lm_head": None if c.tied_head else table}
+
+
+def _layer_shapes(c: TargetConfig | DrafterConfig, size: int) -> LayerWeights:
+  share = Share(config=c, part=0, size=size)
+  width, head = c.hidden_size, c.head_dim
+  query, key = size * len(share.query_rows), size * len(share.key_rows)
+  inner = size * len(share.inner_rows)
+  return LayerWeights(
+    input_norm=_array(width),
+    qkv_proj=_array(width, query + 2 * key),
+    o_proj=_array(query, width),
+    q_norm=_array(head) if c.qk_norm else None,
+    k_norm=_array(head) if c.qk_norm else None,
+    post_norm=_array(width),
+    gate_up_proj=_array(width, 2 * inner),
+    down_proj=_array(inner, width),
   )
 
 
@@ -99,7 +165,7 @@ def random_state(
 
   No row ever finishes.
   """
-  draws = Draws(config.seed + 1, config.dtype_name)
+  draws = Draws(config.seed + 1, config.dtype_name, models.mesh)
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   shapes = jax.eval_shape(
     functools.partial(prefill, capacity=cache),
@@ -110,21 +176,24 @@ def random_state(
     lambda s: jnp.zeros(s.shape, s.dtype),
     dataclasses.replace(shapes, target_cache=(), drafter_caches=()),
   )
-  caches = jax.tree.map(
-    lambda s: draws.noise(*s.shape),
-    (shapes.target_cache, shapes.drafter_caches),
+  specs = state_specs(models)
+  fill = lambda cache, spec: jax.tree.map(
+    lambda s: draws.noise(*s.shape, spec=spec), cache
   )
   used = cache - config.tree.branch_size - 1
-  return dataclasses.replace(
+  state = dataclasses.replace(
     zeros,
     tokens=draws.tokens(config.vocab_size, batch, cache),
     lengths=jnp.full((batch,), used, jnp.int32),
     last_positions=jnp.full((batch,), 2**30, jnp.int32),
     stop_ids=jnp.array([-1, -1], jnp.int32),
     sequence_ids=jnp.arange(batch, dtype=jnp.int32),
-    target_cache=caches[0],
-    drafter_caches=caches[1],
+    target_cache=fill(shapes.target_cache, specs.target_cache),
+    drafter_caches=tuple(
+      map(fill, shapes.drafter_caches, specs.drafter_caches)
+    ),
   )
+  return at_places(models.mesh, state, specs)
 
 
 def random_tree(config: BenchConfig, batch: int, nodes: int) -> PrefixTree:

@@ -6,94 +6,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from d2sd_jax.bench.cell import Cell, Piece
+from d2sd_jax.bench.collectives import (
+  GATHER,
+  OWN,
+  SUM,
+  Message,
+  draft_messages,
+  pass_carry,
+  pass_step,
+  target_messages,
+  together,
+)
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.floors import (
   Work,
   commit_work,
+  device_batch,
   draft_work,
   target_work,
 )
-from d2sd_jax.bench.models import random_state, random_tree
 from d2sd_jax.decoding.cycle import commit, decode_cycle
+from d2sd_jax.decoding.placement import ROWS, WHOLE, cache_spec
 from d2sd_jax.decoding.policies import POLICIES, draft_block, redraft
 from d2sd_jax.decoding.state import DecodeState, Models
-from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.models.target import TargetOutput
 from d2sd_jax.sampling import Sampling
+from d2sd_jax.sharding import TENSOR
 from d2sd_jax.timing import Step
 from d2sd_jax.verify import longest_accepted_path, target_choices
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Piece:
-  """What is timed.
-
-  Attributes:
-    step: see `time_step`.
-    models: what it runs.
-    carry: what its first step gets.
-    inputs: what all its steps get.
-    works: what must be done, one after the other.
-    implementations: what attention runs, by the pass it is part of.
-  """
-
-  step: Step
-  models: Models
-  carry: Any
-  inputs: Any
-  works: tuple[Work, ...]
-  implementations: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-  """Models and a place of the grid."""
-
-  models: Models
-  config: BenchConfig
-  batch: int
-  cache: int
-
-  @property
-  def used(self) -> int:
-    return self.cache - self.config.tree.branch_size - 1
-
-  def state(self, models: Models) -> DecodeState:
-    return random_state(models, self.config, self.batch, self.cache)
-
-  def target_runs(self, nodes: int) -> str:
-    """Attention's implementation in the target."""
-    forced = self.models.target.implementation
-    return forced or self._runs(self.config.num_kv_heads, 1, nodes)
-
-  def drafter_runs(self, groups: int) -> str:
-    """Attention's implementation in a drafter."""
-    block = self.config.block_size
-    return self._runs(self.config.num_kv_heads, groups, block)
-
-  def _runs(self, kv_heads: int, groups: int, nodes: int) -> str:
-    c = self.config
-    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, c.dtype_name)
-    query: Any = shape(self.batch, groups, nodes, c.num_heads, c.head_dim)
-    keys: Any = shape(self.batch, kv_heads, self.cache, c.head_dim)
-    return default_implementation(query, keys)
-
-
-def autoregressive(cell: _Cell) -> Piece:
+def autoregressive(cell: Cell) -> Piece:
   """A whole step of mode `ar`."""
-  models = Models(target=cell.models.target)
+  models = dataclasses.replace(cell.models, drafters=(), draft_head=None)
   return Piece(
     step=_cycle_of("ar", cell.config),
     models=models,
     carry=cell.state(models),
     inputs=None,
+    specs=cell.specs(models),
     works=(target_work(models, cell.batch, 1, cell.used),),
+    messages=target_messages(models, cell.batch, 1),
     implementations={"target": cell.target_runs(1)},
   )
 
 
-def whole_cycle(cell: _Cell) -> Piece:
+def whole_cycle(cell: Cell) -> Piece:
   """A whole cycle of mode `d2sd`."""
   config = cell.config.tree
   nodes = config.num_nodes
@@ -102,6 +63,12 @@ def whole_cycle(cell: _Cell) -> Piece:
     models=cell.models,
     carry=cell.state(cell.models),
     inputs=None,
+    specs=cell.specs(cell.models),
+    messages=together(
+      _first_messages(cell),
+      _second_messages(cell),
+      target_messages(cell.models, cell.batch, nodes),
+    ),
     works=(
       _first_work(cell),
       _second_work(cell),
@@ -110,8 +77,8 @@ def whole_cycle(cell: _Cell) -> Piece:
     ),
     implementations={
       "target": cell.target_runs(nodes),
-      "draft 1": cell.drafter_runs(1),
-      "draft 2": cell.drafter_runs(config.num_branches),
+      "draft 1": cell.drafter_runs(0, 1),
+      "draft 2": cell.drafter_runs(1, config.num_branches),
     },
   )
 
@@ -150,7 +117,7 @@ def _with_anchor(state: DecodeState, lengths: Any, tokens: Any) -> DecodeState:
   )
 
 
-def first_draft(cell: _Cell) -> Piece:
+def first_draft(cell: Cell) -> Piece:
   """Drafter 1's block and its confidence."""
   config = cell.config.tree
   slots = jnp.zeros((cell.batch, config.block_size - 1), jnp.float32)
@@ -163,14 +130,16 @@ def first_draft(cell: _Cell) -> Piece:
   return Piece(
     step=step,
     models=cell.models,
-    carry=(cell.state(cell.models), slots),
+    carry=(cell.state(cell.models), cell.put(slots, ROWS)),
     inputs=None,
+    specs=cell.specs(cell.models, (ROWS,)),
+    messages=_first_messages(cell),
     works=(_first_work(cell),),
-    implementations={"draft 1": cell.drafter_runs(1)},
+    implementations={"draft 1": cell.drafter_runs(0, 1)},
   )
 
 
-def second_draft(cell: _Cell) -> Piece:
+def second_draft(cell: Cell) -> Piece:
   """Drafter 2's K blocks, each behind a prefix of another length."""
   config = cell.config.tree
   branches, block = config.num_branches, config.branch_size
@@ -187,41 +156,59 @@ def second_draft(cell: _Cell) -> Piece:
   return Piece(
     step=step,
     models=cell.models,
-    carry=(cell.state(cell.models), hosts.astype(jnp.int32)),
-    inputs=starts,
+    carry=(
+      cell.state(cell.models),
+      cell.put(hosts.astype(jnp.int32), ROWS),
+    ),
+    inputs=cell.put(starts, ROWS),
+    specs=cell.specs(cell.models, (ROWS,), ROWS),
+    messages=_second_messages(cell),
     works=(_second_work(cell),),
-    implementations={"draft 2": cell.drafter_runs(branches)},
+    implementations={"draft 2": cell.drafter_runs(1, branches)},
   )
 
 
-def _first_work(cell: _Cell) -> Work:
+def _first_work(cell: Cell) -> Work:
   block = cell.config.tree.block_size
   return draft_work(cell.models, 0, cell.batch, 1, block, cell.used)
 
 
-def _second_work(cell: _Cell) -> Work:
+def _second_work(cell: Cell) -> Work:
   tree = cell.config.tree
   sizes = tree.num_branches, tree.branch_size
   return draft_work(cell.models, 1, cell.batch, *sizes, cell.used)
 
 
-def verification(nodes: int) -> Callable[[_Cell], Piece]:
+def _first_messages(cell: Cell) -> Mapping[Message, int]:
+  block = cell.config.tree.block_size
+  return draft_messages(cell.models, 0, cell.batch, 1, block)
+
+
+def _second_messages(cell: Cell) -> Mapping[Message, int]:
+  tree = cell.config.tree
+  sizes = tree.num_branches, tree.branch_size
+  return draft_messages(cell.models, 1, cell.batch, *sizes)
+
+
+def verification(nodes: int) -> Callable[[Cell], Piece]:
   """The target's pass over so many nodes, its choices and the best path."""
 
-  def piece(cell: _Cell) -> Piece:
+  def piece(cell: Cell) -> Piece:
     state = cell.state(cell.models)
-    tree = random_tree(cell.config, cell.batch, nodes)
+    tree = cell.tree(nodes)
     step = lambda models, carry, _: _verify(models, carry, cell.config)
-    shapes = jax.eval_shape(
-      lambda m, s, t: _verify(m, (s, t, None), cell.config)[2],
-      *(cell.models, state, tree),
+    shapes = jax.eval_shape(_verifying(cell), cell.models, state, tree)[1]
+    kept = cell.put(
+      jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+      _kept_specs(cell),
     )
-    kept = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return Piece(
       step=step,
       models=cell.models,
       carry=(state, tree, kept),
       inputs=None,
+      specs=cell.specs(cell.models, (ROWS, _kept_specs(cell))),
+      messages=target_messages(cell.models, cell.batch, nodes),
       works=(target_work(cell.models, cell.batch, nodes, cell.used),),
       implementations={"target": cell.target_runs(nodes)},
     )
@@ -237,7 +224,11 @@ def _verify(models: Models, carry: Any, config: BenchConfig) -> Any:
   )
   positions = state.lengths[:, None] + tree.depths
   choices = target_choices(
-    scores.logits, positions, state.sequence_ids, Sampling.create()
+    scores.logits,
+    positions,
+    state.sequence_ids,
+    Sampling.create(),
+    models.axis,
   )
   verdict = longest_accepted_path(tree, choices, config.tree.branch_size)
   tree = dataclasses.replace(tree, tokens=choices)
@@ -245,7 +236,22 @@ def _verify(models: Models, carry: Any, config: BenchConfig) -> Any:
   return state, tree, (scores.features, scores.kv, verdict)
 
 
-def committing(cell: _Cell) -> Piece:
+def _kept_specs(cell: Cell) -> Any:
+  """Where features, keys and values, and the verdict lie."""
+  return ROWS, cache_spec(cell.models.target), ROWS
+
+
+def _verifying(cell: Cell) -> Callable[..., Any]:
+  """The next tree and what is kept, of models, a state and a tree."""
+  models, state, _ = cell.specs(cell.models)
+  return cell.spread(
+    lambda m, s, t: _verify(m, (s, t, None), cell.config)[1:],
+    (models, state, ROWS),
+    (ROWS, _kept_specs(cell)),
+  )
+
+
+def committing(cell: Cell) -> Piece:
   """Writing a path into all caches, and the drafters' context."""
   config = cell.config
   tree, (features, kv, verdict) = _verified(cell)
@@ -262,24 +268,22 @@ def committing(cell: _Cell) -> Piece:
     models=cell.models,
     carry=cell.state(cell.models),
     inputs=(tree, features, kv, verdict),
+    specs=cell.specs(cell.models, inputs=(ROWS, *_kept_specs(cell))),
     works=(commit_work(cell.models, cell.batch, path),),
     implementations={},
   )
 
 
-def _verified(cell: _Cell) -> Any:
+def _verified(cell: Cell) -> Any:
   """What a verification leaves behind."""
   state = cell.state(cell.models)
-  tree = random_tree(cell.config, cell.batch, cell.config.tree.num_nodes)
-  verify = jax.jit(
-    lambda m, s, t: _verify(m, (s, t, None), cell.config)[1:],
-  )
-  return verify(cell.models, state, tree)
+  tree = cell.tree(cell.config.tree.num_nodes)
+  return jax.jit(_verifying(cell))(cell.models, state, tree)
 
 
 def pieces(config: BenchConfig) -> dict[str, Callable[[Models], Piece]]:
   """How each row of the grid is made, by its name, `PIECE/BATCHxCACHE`."""
-  everywhere: dict[str, Callable[[_Cell], Piece]] = {
+  everywhere: dict[str, Callable[[Cell], Piece]] = {
     "ar": autoregressive,
     f"verify_{config.grid_nodes}": verification(config.grid_nodes),
     "cycle": whole_cycle,
@@ -302,7 +306,50 @@ def pieces(config: BenchConfig) -> dict[str, Callable[[Models], Piece]]:
 
 
 def _at(
-  make: Callable[[_Cell], Piece], config: BenchConfig, batch: int, cache: int
+  make: Callable[[Cell], Piece], config: BenchConfig, batch: int, cache: int
 ) -> Callable[[Models], Piece]:
   """One row, made of models when its turn comes."""
-  return lambda models: make(_Cell(models, config, batch, cache))
+  return lambda models: make(Cell(models, config, batch, cache))
+
+
+def collective_rows(
+  config: BenchConfig,
+) -> dict[str, Callable[[Mesh], Piece]]:
+  """Rows of what a target pass exchanges and nothing else, by their names.
+
+  Named `collectives_NODES/BATCHxCACHE`, for the first cache alone, since it
+  makes no difference; none where the target is not split.
+  """
+  if config.mesh_sizes[TENSOR] == 1:
+    return {}
+  usual = {1, config.grid_nodes, config.tree.num_nodes}
+  rows = {}
+  for batch in config.batches:
+    more = config.verify_nodes if batch == config.batches[0] else ()
+    for nodes in sorted(usual | set(more)):
+      name = f"collectives_{nodes}/{batch}x{config.caches[0]}"
+      rows[name] = _collectives(config, batch, nodes)
+  return rows
+
+
+def _collectives(
+  config: BenchConfig, batch: int, nodes: int
+) -> Callable[[Mesh], Piece]:
+  def piece(mesh: Mesh) -> Piece:
+    own = device_batch(batch, mesh)
+    states = own, nodes, config.hidden_size
+    sums = 2 * config.num_layers + 1
+    return Piece(
+      step=pass_step(config.num_layers),
+      models=None,
+      carry=pass_carry(config, mesh, batch, nodes),
+      inputs=None,
+      specs=(WHOLE, OWN, WHOLE),
+      messages={
+        Message(SUM, states, config.dtype_name): sums,
+        Message(GATHER, (own, nodes)): 1,
+      },
+      implementations={"sums": SUM, "choice": GATHER},
+    )
+
+  return piece

@@ -31,7 +31,7 @@ class Results:
     """Reads the file, where there is one.
 
     Raises:
-      UsageError: it is something else.
+      UsageError: it is something else, or holds rows of another mesh.
     """
     # As JSON gives them back: tuples are lists there.
     identity = json.loads(json.dumps(identity))
@@ -46,6 +46,14 @@ class Results:
       ) from error
     if not (named and isinstance(rows, list)):
       raise UsageError(f"out={str(path)!r}: expected a list of rows")
+    mesh = identity["config"].get("mesh")
+    for row in rows:
+      found = row.get("config", {}).get("mesh")
+      if found != mesh:
+        raise UsageError(
+          f"out={str(path)!r}: expected a new file, or one of mesh {mesh};"
+          f" its rows are of mesh {found}"
+        )
     return cls(path, identity, rows)
 
   def own(self) -> dict[str, dict[str, Any]]:
@@ -73,7 +81,7 @@ def print_table(results: Results) -> None:
   """Every row of this identity, and a whole cycle beside an AR step."""
   rows = results.own()
   table = Table()
-  table.add_column("row")
+  table.add_column("row", no_wrap=True)
   for title in ("ms", "least", "most", "floor", "of floor"):
     table.add_column(title, justify="right")
   table.add_column("attention")
