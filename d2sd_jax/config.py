@@ -204,14 +204,15 @@ class TreeConfig:
     second_block_size: slots of a branch, anchor included; `None` is γ.
     node_budget: nodes of the tree (R); `None` is as many as can be used, in
       whole tiles of 8.
-    forbid_repeat: a branch may not begin with the token it is to correct.
+    forbid_repeat: a branch may not begin with the token it is to correct:
+      where it repeats that, the target has refused it with the trunk's.
   """
 
   block_size: int = 16
   num_branches: int = 4
   second_block_size: int | None = None
   node_budget: int | None = None
-  forbid_repeat: bool = False
+  forbid_repeat: bool = True
 
   def __post_init__(self):
     gamma, branches = self.block_size, self.num_branches
@@ -293,7 +294,7 @@ class DecodeConfig:
   num_branches: int | None = None
   second_block_size: int | None = None
   node_budget: int | None = None
-  forbid_repeat: bool = False
+  forbid_repeat: bool = True
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0

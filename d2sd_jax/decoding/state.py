@@ -21,6 +21,7 @@ from d2sd_jax.models.cache import KVCache, append
 from d2sd_jax.models.drafter import Drafter
 from d2sd_jax.sampling import Sampling, draft_key
 from d2sd_jax.sharding import DATA
+from d2sd_jax.tensor_parallel import bar_padding
 from d2sd_jax.typing import Array, Bool, Float, Int
 from d2sd_jax.verify import target_choices
 
@@ -86,7 +87,11 @@ class Models:
     """Float32 logits of a drafter's hidden states."""
     if self.draft_head is None:
       return self.target.head(hidden)
-    return matmul("...d,vd->...v", hidden, self.draft_head, jnp.float32)
+    logits = matmul("...d,vd->...v", hidden, self.draft_head, jnp.float32)
+    if self.axis is None:
+      return logits
+    # Rows that fill the devices' shares up score 0, like any others of zeros.
+    return bar_padding(logits, self.target.config.vocab_size, self.axis)
 
   def features_of(
     self, drafter: Any, features: Float[Array, "B R taps D"]

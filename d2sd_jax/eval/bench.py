@@ -53,7 +53,7 @@ class LadderConfig:
   num_branches: int = 4
   second_block_size: int | None = None
   node_budget: int | None = None
-  forbid_repeat: bool = False
+  forbid_repeat: bool = True
   dtype: str | None = None
   seed: int = 0
   out: str = "results/ladder.json"
