@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
         "vp_prefix_1": {**warm, "min_prefix_length": 1},
       },
       "decodings": {
-        "vp_forbid_repeat": {"arm": "vp_warm", "forbid_repeat": True},
+        "vp_may_repeat": {"arm": "vp_warm", "forbid_repeat": False},
       },
       # The first of each is its baseline.
       "groups": {
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
         "loss": ("dflash", "distillation"),
         "start": ("vp_scratch", "vp_warm"),
         "min_prefix_length": ("vp_warm", "vp_prefix_1"),
-        "forbid_repeat": ("vp_warm", "vp_forbid_repeat"),
+        "forbid_repeat": ("vp_warm", "vp_may_repeat"),
       },
       "drafter": "arm:dflash",
       "num_prompts": 128,

@@ -36,7 +36,7 @@ _ABLATION = {
     "plain": {},
     "exponential": {"slot_weighting": "exponential"},
   },
-  "decodings": {"other": {"arm": "warm", "forbid_repeat": True}},
+  "decodings": {"other": {"arm": "warm", "forbid_repeat": False}},
   "groups": {
     "weights": ("plain", "exponential"),
     "repeat": ("warm", "other"),
@@ -153,8 +153,8 @@ def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   warm, repeat = found["rows"][2:]
   assert (warm["arm"], repeat["arm"]) == ("warm", "other")
   assert repeat["loss"] == warm["loss"]
-  assert repeat["settings"]["tree"]["forbid_repeat"]
-  assert not warm["settings"]["tree"]["forbid_repeat"]
+  assert not repeat["settings"]["tree"]["forbid_repeat"]
+  assert warm["settings"]["tree"]["forbid_repeat"]
   tables = out.with_suffix(".md").read_text()
   assert "## weights" in tables
   assert "| `other` |" in tables
@@ -267,7 +267,7 @@ def test_a_choice_brings_what_it_needs(run):
   assert listed.splitlines() == [
     "plain: base",
     "warm: base, role='vp_drafter', init_from='arm:plain'",
-    "other: warm, forbid_repeat=True",
+    "other: warm, forbid_repeat=False",
   ]
 
 

@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch):
   monkeypatch.setattr(planning, "read_target_config", lambda _: tiny.TARGET)
   monkeypatch.setattr(cli, "setup_jax_cache", lambda: None)
   monkeypatch.setattr(ladder, "target_sha256", lambda _: file_sha256(weights))
-  monkeypatch.setattr(bench, "load_target", lambda *_: tiny.target())
+  monkeypatch.setattr(planning, "load_target", lambda *_, **__: tiny.target())
   monkeypatch.setattr(bench, "load_tokenizer", lambda _: FakeTokenizer())
 
   def prompts(name, num):
@@ -159,7 +159,9 @@ def test_rows_are_added_and_never_lost(run, tmp_path, capsys):
 def test_mistakes_are_one_line_and_status_2(
   run, flags, told, tmp_path, monkeypatch, capsys
 ):
-  monkeypatch.setattr(bench, "load_target", lambda *_: pytest.fail("loaded"))
+  monkeypatch.setattr(
+    planning, "load_target", lambda *_, **__: pytest.fail("loaded")
+  )
   assert run(*flags) == 2
   errors = capsys.readouterr().err
   assert told in errors
