@@ -6,7 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from d2sd_jax.tensor_parallel import best_token, largest_score, sum_parts
+from d2sd_jax.tensor_parallel import (
+  best_token,
+  largest_score,
+  sum_parts,
+  token_ids,
+)
 from d2sd_jax.typing import Array, Bool, Float, Int
 
 # Where the target folds in a sequence's index, which is below this.
@@ -130,17 +135,26 @@ def position_noise(
 
 
 def _noise_of_tokens(key, width, axis):
-  """Gumbel noise of this device's ids, one key's.
+  """Gumbel noise of this device's ids, one key's: `jax.random.gumbel`'s.
 
-  An element of JAX's random arrays depends on the key and its index alone, so
-  that noise of an id is the same however many devices share the vocabulary.
+  The bits of an element are those of a key that its index is folded into. So
+  noise of an id is the same however many devices share the vocabulary, and
+  none makes that of others.
   """
   if axis is None:
     return jax.random.gumbel(key, (width,), jnp.float32)
-  size = jax.lax.axis_size(axis) * width
-  whole = jax.random.gumbel(key, (size,), jnp.float32)
-  start = jax.lax.axis_index(axis) * width
-  return jax.lax.dynamic_slice(whole, (start,), (width,))
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  words = jax.random.key_data(fold(key, token_ids(width, axis)))
+  return _gumbel(words[:, 0] ^ words[:, 1])
+
+
+def _gumbel(bits: Int[Array, "*n"]) -> Float[Array, "*n"]:
+  """Gumbel noise of uint32 bits, made as in `jax.random.gumbel`."""
+  one = jnp.uint32(0x3F800000)
+  # The highest 23 bits are the mantissa of a number in [1, 2).
+  number = jax.lax.bitcast_convert_type((bits >> 9) | one, jnp.float32)
+  uniform = jnp.maximum(number - 1, jnp.finfo(jnp.float32).tiny)
+  return -jnp.log(-jnp.log(uniform))
 
 
 def draft_key(seed: Int[Array, ""]) -> Int[Array, " words"]:

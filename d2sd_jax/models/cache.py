@@ -115,9 +115,11 @@ def _update_slices(caches, rows, index, starts):
   def write(cache, rows):
     if index is not None:
       rows = jnp.take_along_axis(rows, index[:, None, :, None], axis=2)
-    at = lambda c, r, n: jax.lax.dynamic_update_slice(
-      c, r.astype(c.dtype), (0, n, 0)
-    )
+    rows = rows.astype(cache.dtype)
+    if len(cache) == 1:
+      # Over several rows it is a scatter, which reads what it writes over.
+      return jax.lax.dynamic_update_slice(cache, rows, (0, 0, starts[0], 0))
+    at = lambda c, r, n: jax.lax.dynamic_update_slice(c, r, (0, n, 0))
     return jax.vmap(at)(cache, rows, starts)
 
   return tuple(map(write, caches, rows))

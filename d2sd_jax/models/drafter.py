@@ -24,6 +24,7 @@ from d2sd_jax.models.layers import (
   LayerWeights,
   norm_and_rotate,
   rms_norm,
+  split_heads,
   transformer_block,
 )
 from d2sd_jax.tensor_parallel import num_key_heads
@@ -87,11 +88,10 @@ class FusedDrafter:
     context = matmul("btf,fd->btd", features.astype(self.dtype), self.fc)
     context = rms_norm(context, self.hidden_norm, config.rms_norm_eps)
     heads = rearrange(
-      matmul("btd,do->bto", context, self.context_proj),
-      "b t (layers two j h) -> b t two layers j h",
+      split_heads(matmul("btd,do->bto", context, self.context_proj), config),
+      "b t (layers two j) h -> b t two layers j h",
       layers=config.num_layers,
       two=2,
-      h=config.head_dim,
     )
     norms = jnp.stack([jnp.asarray(layer.k_norm) for layer in self.layers])
     keys = norm_and_rotate(

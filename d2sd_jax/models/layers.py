@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
+from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, rotate
@@ -78,6 +79,17 @@ def norm_and_rotate(
   return rotate(x, positions, config.rope_theta, config.rope_scaling)
 
 
+def split_heads(
+  x: Float[Array, "*positions heads"], config: BlockConfig
+) -> Float[Array, "*positions n H"]:
+  """A product with the columns of several heads, head by head."""
+  if runs_tpu_kernels():
+    # XLA would make the split part of the product, and lay the matrix out anew
+    # for it whenever the program is called.
+    x = jax.lax.optimization_barrier(x)
+  return rearrange(x, "... (n h) -> ... n h", h=config.head_dim)
+
+
 def transformer_block(
   weights: LayerWeights,
   x: Float[Array, "B G R D"],
@@ -141,15 +153,23 @@ def _add_bias(x, bias):
 def _attention_inputs(weights, x, positions, num_kv_heads, config):
   """Queries, keys and values of one product; values have no norm, no RoPE."""
   heads = matmul("...d,do->...o", x, weights.qkv_proj)
-  heads = _add_bias(heads, weights.qkv_bias)
-  heads = rearrange(heads, "... (n h) -> ... n h", h=config.head_dim)
-  num_heads = heads.shape[-2] - 2 * num_kv_heads
-  query, keys, values = jnp.split(
-    heads, (num_heads, num_heads + num_kv_heads), axis=-2
-  )
-  query = norm_and_rotate(query, weights.q_norm, positions, config)
-  keys = norm_and_rotate(keys, weights.k_norm, positions, config)
+  heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
+  num_rotated = heads.shape[-2] - num_kv_heads
+  num_heads = num_rotated - num_kv_heads
+  rotated, values = jnp.split(heads, [num_rotated], axis=-2)
+  # Queries and keys in one go: each step is a launch.
+  norms = _norms_of_heads(weights, num_heads, num_rotated)
+  rotated = norm_and_rotate(rotated, norms, positions, config)
+  query, keys = jnp.split(rotated, [num_heads], axis=-2)
   return query, keys, values
+
+
+def _norms_of_heads(weights, num_heads, num_rotated):
+  """The norm of each query head, then of each key head; `None` is none."""
+  if weights.q_norm is None:
+    return None
+  is_key = jnp.arange(num_rotated) >= num_heads
+  return jnp.where(is_key[:, None], weights.k_norm, weights.q_norm)
 
 
 def _feed_forward(weights, x, axis):
