@@ -24,8 +24,6 @@ if __name__ == "__main__":
   signal.signal(signal.SIGINT, lambda *_: os._exit(130))
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
-
 from d2sd_jax import cli, distributed
 from d2sd_jax.config import MODES, DecodeConfig
 from d2sd_jax.decoding import auto, report
@@ -36,6 +34,8 @@ from d2sd_jax.evaluation import choice_margin, first_difference
 from d2sd_jax.io.models import load_tokenizer
 from d2sd_jax.io.paths import check_output, user_path
 from d2sd_jax.io.prompts import Conversation, read_prompts
+from d2sd_jax.io.tokenizer import ChatTokenizer
+from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 
 DESCRIPTION = """\
@@ -171,12 +171,23 @@ def main(arguments: Sequence[str]) -> None:
   job = distributed.agree(functools.partial(check, flags, overrides), Job.facts)
   cli.setup_jax_cache()
   with distributed.losing_one_ends_all(), distributed.only_main_speaks():
-    run(job)
+    # Files may be damaged or missing in one process only.
+    run(job, distributed.agree(lambda: load(job), lambda _: {}))
 
 
-def run(job: Job) -> None:
-  """Loads, compiles, decodes and reports."""
-  # Load: small files first, since they may be damaged.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+  """What a job runs; mode `auto` has chosen."""
+
+  plan: Plan
+  target: LlamaTarget
+  drafters: tuple[FusedDrafter, ...]
+  tokenizer: ChatTokenizer
+  requests: list[Request]
+
+
+def load(job: Job) -> Loaded:
+  """Reads all files, small ones first, since they may be damaged."""
   plan, config = job.plan, job.plan.config
   drafters = plan.load_drafters()
   for warning in plan.role_warnings(drafters):
@@ -192,15 +203,28 @@ def run(job: Job) -> None:
   target = plan.load_target()
   if config.mode == "auto":
     plan = auto.resolve(plan, target, drafters, requests)
+  return Loaded(
+    plan=plan,
+    target=target,
+    drafters=drafters,
+    tokenizer=tokenizer,
+    requests=requests,
+  )
+
+
+def run(job: Job, loaded: Loaded) -> None:
+  """Compiles, decodes and reports."""
+  plan, config = loaded.plan, loaded.plan.config
+  target, tokenizer = loaded.target, loaded.tokenizer
+  requests = loaded.requests
 
   # Compile.
-  device = jax.devices()[0].device_kind
-  where = f"{plan.mesh.size} x {device}" if plan.mesh else device
   sessions = {}
   for mode, tree in plan.trees.items():
-    print(f"compiling {mode} for {where}", file=sys.stderr, flush=True)
+    told = f"compiling {mode} for {plan.devices}"
+    print(told, file=sys.stderr, flush=True)
     sessions[mode] = Session(
-      plan.models(mode, target, drafters),
+      plan.models(mode, target, loaded.drafters),
       requests,
       plan.sampling,
       mode=mode,

@@ -118,6 +118,14 @@ def number(text: str) -> float:
     raise _type_error(text, "a number") from None
 
 
+def positive_number(text: str) -> float:
+  """Type of a flag that takes a real number above 0."""
+  value = number(text)
+  if not value > 0:
+    raise _type_error(text, "a number above 0")
+  return value
+
+
 def load_config(
   cls: type[_T], name: str, overrides: Mapping[str, Any] | None = None
 ) -> _T:

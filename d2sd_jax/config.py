@@ -339,6 +339,8 @@ class DecodeConfig:
     ):
       require(ok, field, getattr(self, field), expected)
     _check_batch(self, DECODING_AXES)
+    fits = self.mesh is not None or not self.shard_drafters
+    require(fits, "shard_drafters", self.shard_drafters, "False without a mesh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from d2sd_jax.errors import UsageError, require
 
 # A process that has not been heard of for so long is given up by the others.
 HEARTBEAT_SECONDS = 30
+# Others that take longer to start are asked for aloud.
+PATIENCE_SECONDS = 15
 # Exit status of a process that lost another one.
 LOST = 3
 _T = TypeVar("_T")
@@ -43,11 +46,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def start(flags: argparse.Namespace) -> None:
   """Joins the other processes; does nothing for a run of one.
 
-  Must come before anything asks JAX for devices.
+  Must come before anything asks JAX for devices. Where the others do not come
+  within five minutes, or two have one number, JAX itself ends the process.
 
   Raises:
-    UsageError: the flags are not all there or do not fit, the environment
-      tells nothing, or the others were not found in time.
+    UsageError: the flags are not all there or do not fit, or the environment
+      tells nothing.
   """
   told = {
     name: getattr(flags, name)
@@ -58,7 +62,9 @@ def start(flags: argparse.Namespace) -> None:
     if not flags.distributed:
       return
   else:
-    _check(told, all(given))
+    _check(told)
+  patience = threading.Timer(PATIENCE_SECONDS, _say_what_is_missing, [told])
+  patience.start()
   try:
     jax.distributed.initialize(
       **told, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -70,19 +76,27 @@ def start(flags: argparse.Namespace) -> None:
     else:
       what = "distributed=True: expected Slurm, GKE or Cloud TPU"
     raise UsageError(f"{what} ({cli.one_line(error)[:200]})") from error
+  finally:
+    patience.cancel()
 
 
-def _check(told: Mapping[str, Any], complete: bool) -> None:
+def _say_what_is_missing(told: Mapping[str, Any]) -> None:
+  """A line for whoever would sit before a silent terminal."""
+  count, address = told["num_processes"], told["coordinator_address"]
+  what = f"{count} processes at {address}" if address else "the other processes"
+  print(f"still waiting for {what}", file=sys.stderr, flush=True)
+
+
+def _check(told: Mapping[str, Any]) -> None:
   """Raises `UsageError` unless the three flags fit each other."""
   address, count, number = told.values()
-  require(
-    complete,
-    "coordinator_address",
-    address,
-    "num_processes and process_id beside it",
-  )
-  _, colon, port = address.rpartition(":")
-  fits = bool(colon) and port.isdecimal() and 0 < int(port) < 2**16
+  missing = [name for name, value in told.items() if value is None]
+  others = ", ".join(name for name in told if name not in missing)
+  if missing:
+    raise UsageError(f"{missing[0]}=None: expected a value beside {others}")
+  host, _, port = address.rpartition(":")
+  fits = bool(host) and port.isdecimal() and len(port) <= 5
+  fits = fits and 0 < int(port) < 2**16
   require(fits, "coordinator_address", address, "HOST:PORT")
   require(count >= 1, "num_processes", count, "1 or more")
   require(0 <= number < count, "process_id", number, f"0 to {count - 1}")

@@ -39,10 +39,10 @@ def parse_mesh(
     UsageError: it is not written that way.
   """
   sizes: dict[str, int] = {}
-  for part in (text or f"{axes[0]}:1").split(","):
+  for part in (f"{axes[0]}:1" if text is None else text).split(","):
     name, _, size = part.strip().partition(":")
-    fits = name in axes and name not in sizes and size.isdecimal()
-    fits = fits and 1 <= int(size) <= 10**6
+    fits = name in axes and name not in sizes
+    fits = fits and size.isdecimal() and len(size) <= 6 and int(size) >= 1
     example = ",".join(f"{axis}:2" for axis in axes)
     require(bool(fits), "mesh", text, f"sizes of axes, such as {example}")
     sizes[name] = int(size)

@@ -1,4 +1,4 @@
-"""Decodes tiny targets on meshes, in a process of its own, for `test_mesh.py`.
+"""Decodes tiny targets on meshes for `test_decode_mesh.py`, in its own process.
 
     python decode_worker.py '[{"target": "3 of 24", "mesh": "tensor:8", ...}]'
 
@@ -28,7 +28,7 @@ from d2sd_jax.decoding.session import Request, Session
 from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.sharding import DECODING_AXES, make_mesh
 
-# Key heads and query heads of each target; none of their sizes divide.
+# Key heads and query heads of each target.
 TARGETS = {
   f"{kv} of {heads}": dataclasses.replace(
     tiny.TARGET, num_heads=heads, num_kv_heads=kv
@@ -93,13 +93,13 @@ def decode(
     given = drafters(mesh, split)
   used = tuple(given[: POLICIES[mode].num_drafters])
   models = Models(target=weights, drafters=used, mesh=mesh)
+  if int8:
+    models = models.with_int8_drafting()
   astray = 0
   if mesh is not None:
     places = shardings(mesh, model_specs(models))
     pairs = zip(jax.tree.leaves(models), jax.tree.leaves(places), strict=True)
     astray = sum(not x.sharding.is_equivalent_to(p, x.ndim) for x, p in pairs)
-  if int8:
-    models = models.with_int8_drafting()
   requests = [
     Request(sequence_id=2 * i, tokens=tuple(p)) for i, p in enumerate(PROMPTS)
   ]

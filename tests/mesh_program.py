@@ -60,6 +60,11 @@ def main():
   leaves = jax.tree.leaves((state.params, target))
   split = [x.shape for x in leaves if not x.sharding.is_fully_replicated]
   weights = [x.shape for x in jax.tree.leaves(state.params)]
+  # Gradients are summed as the fused matrices' own, before they are cut apart;
+  # those of the norms head by head.
+  fused = [x.shape for x in jax.tree.leaves(drafter.fuse())]
+  heads = tiny.VP.num_heads + tiny.VP.num_kv_heads
+  fused.append((heads, tiny.VP.head_dim))
   train = train_step.lower(
     graphdef, state, target, batch, config=config, mesh=mesh
   )
@@ -71,6 +76,7 @@ def main():
       "collectives": collectives(lowered.compile()),
       "split": split,
       "weights": weights,
+      "fused": fused,
     }
     for name, lowered in (("train", train), ("eval", evaluate))
   }

@@ -70,7 +70,7 @@ def flag_parser() -> cli.FlagParser:
   add("--again", action="store_true", help="measure also what is there already")
   add(
     "--minutes",
-    type=cli.number,
+    type=cli.positive_number,
     metavar="N",
     help="begin no row after so long; the same command goes on later",
   )

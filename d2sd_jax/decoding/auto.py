@@ -102,7 +102,13 @@ def resolve(
     _CAPACITY,
     lambda name: _tell(f"measuring this device, once: {name}"),
   )
-  choice = choose(costs, found, config.temperature, config.block_size)
+  choice = choose(
+    costs,
+    found,
+    config.temperature,
+    config.block_size,
+    config.num_branches,
+  )
   return _with_choice(plan, {choice.mode: choice.tree}, f"auto: {choice}")
 
 
@@ -122,6 +128,7 @@ def choose(
   found: Sequence[Acceptance],
   temperature: float,
   block_size: int | None = None,
+  num_branches: int | None = None,
 ) -> Choice:
   """The fastest candidate, or `ar` where none is faster by `MARGIN`.
 
@@ -130,6 +137,7 @@ def choose(
     found: what was measured of the drafters; may be empty.
     temperature: of sampling. Above 0 only what was measured above 0 counts.
     block_size: the only one to be chosen; `None` is any.
+    num_branches: the only number beside none; `None` is any.
   """
   sampled = temperature > 0
   fitting = [a for a in found if (a.temperature > 0) == sampled]
@@ -137,6 +145,7 @@ def choose(
     c
     for c in candidates(costs, fitting, block_size)
     if block_size in (None, c.tree.block_size)
+    and (num_branches is None or c.tree.num_branches in (0, num_branches))
   ]
   best = max(wanted, key=lambda c: c.speedup, default=_AR)
   return best if best.speedup > MARGIN else _AR

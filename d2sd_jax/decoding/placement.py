@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from d2sd_jax.models.drafter import FusedDrafter
+from d2sd_jax.models.drafter import Drafter, FusedDrafter
 from d2sd_jax.sharding import DATA, TENSOR, place
 from d2sd_jax.tensor_parallel import Share, check_split, take_rows
 
@@ -120,22 +120,20 @@ def put(mesh: Mesh | None, values: _T, specs: Any) -> _T:
 
 def to_host(values: _T) -> _T:
   """Arrays as NumPy's, whole in every process."""
-
-  def whole(x: Any) -> np.ndarray:
-    if x.is_fully_addressable or x.is_fully_replicated:
-      return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-  return jax.tree.map(whole, values)
+  known = lambda x: x.is_fully_addressable or x.is_fully_replicated
+  if all(map(known, jax.tree.leaves(values))):
+    return jax.device_get(values)
+  return multihost_utils.process_allgather(values, tiled=True)
 
 
 def put_drafter(
-  drafter: FusedDrafter, mesh: Mesh, *, split: bool = False
+  drafter: Drafter | FusedDrafter, mesh: Mesh, *, split: bool = False
 ) -> FusedDrafter:
   """A drafter on a mesh.
 
   Args:
-    drafter: on one device.
+    drafter: on one device, not in int8 (`Models.with_int8_drafting` comes
+      after).
     mesh: the devices.
     split: whether devices share it, or each has all of it. Sharing reads fewer
       bytes and exchanges two sums a layer, as in a target.
@@ -143,6 +141,8 @@ def put_drafter(
   Raises:
     UsageError: so many devices cannot share it.
   """
+  if isinstance(drafter, Drafter):
+    drafter = drafter.fuse()
   if split:
     check_split(drafter.config, mesh.shape[TENSOR])
     drafter = _regrouped(drafter, mesh.shape[TENSOR])

@@ -70,6 +70,12 @@ class Plan:
     top_k = min(c.top_k, self.target.vocab_size)
     return Sampling.create(c.temperature, top_k, c.top_p, c.seed)
 
+  @property
+  def devices(self) -> str:
+    """What it runs on, in words."""
+    kind = jax.devices()[0].device_kind
+    return kind if self.mesh is None else f"{self.mesh.size} x {kind}"
+
   def check_context(self, requests: Sequence[Request]) -> None:
     """Raises `UsageError` for a prompt whose answer might not fit."""
     c, context = self.config, self.target.max_length
@@ -144,8 +150,11 @@ def make_plan(config: DecodeConfig) -> Plan:
     f"less than the target's context of {target.max_length}",
   )
   mesh = None
-  if config.mesh is not None:
+  if config.mesh is not None or jax.process_count() > 1:
     mesh = make_mesh(config.mesh, DECODING_AXES)
+    # Or noise would depend on how many ids a device has.
+    alike = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]
+    require(alike, "jax_threefry_partitionable", alike, "True, with a mesh")
   size = 1 if mesh is None else mesh.shape[TENSOR]
   check_split(target, size)
   num_drafters = max(POLICIES[mode].num_drafters for mode in modes)

@@ -109,6 +109,8 @@ def make_record(
     "implementation": answer.implementation,
     "target": config.target,
     "device": jax.devices()[0].device_kind,
+    "mesh": config.mesh,
+    "shard_drafters": config.shard_drafters,
     "versions": versions(),
   }
 
@@ -273,7 +275,7 @@ def print_closing_line(answers: Sequence[Answer], plan: Plan) -> None:
     f"{tokens} tokens, {cycles} cycles, acceptance length α"
     f" {_alpha(answers)}, {_speed(answers):.1f} tokens/s"
     f" ({plan.chosen or answers[0].mode}, prefill {prefill:.2f} s,"
-    f" {plan.config.dtype} on {jax.devices()[0].device_kind})"
+    f" {plan.config.dtype} on {plan.devices})"
   )
   console().print(Text(line, "dim"))
 

@@ -28,7 +28,7 @@ from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
-from d2sd_jax.sharding import DATA, TENSOR
+from d2sd_jax.sharding import DATA
 
 SMALLEST_BUCKET = 64
 _T = TypeVar("_T")
@@ -268,8 +268,10 @@ class Session:
     whole = cache.keys[0]
     rows, kv_heads, size, head_dim = whole.shape
     if mesh is not None:  # Each device has its own part of both.
-      rows, kv_heads = rows // mesh.shape[DATA], kv_heads // mesh.shape[TENSOR]
-      heads //= mesh.shape[TENSOR]
+      rows //= mesh.shape[DATA]
+    if mesh is not None and target.axis is not None:
+      kv_heads //= mesh.shape[target.axis]
+      heads //= mesh.shape[target.axis]
     num_nodes = POLICIES[self.mode].num_nodes(self.tree)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, whole.dtype)
     query: Any = shape(rows, 1, num_nodes, heads, head_dim)

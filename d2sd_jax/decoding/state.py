@@ -15,6 +15,7 @@ from d2sd_jax.decoding.placement import (
   model_specs,
   spread,
 )
+from d2sd_jax.errors import require
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 from d2sd_jax.models.cache import KVCache, append
@@ -50,6 +51,19 @@ class Models:
   def axis(self) -> str | None:
     """Of the mesh, over whose devices the vocabulary is split."""
     return getattr(self.target, "axis", None)
+
+  def check_mesh(self, batch_size: int) -> None:
+    """Raises `UsageError` where models and batch do not fit the mesh."""
+    split = self.axis
+    if self.mesh is None:
+      require(split is None, "models.mesh", None, f"one with an axis {split}")
+      return
+    for axis in (DATA, *([split] if split else [])):
+      fits = axis in self.mesh.shape
+      require(fits, "models.mesh", dict(self.mesh.shape), f"an axis {axis}")
+    rows = self.mesh.shape[DATA]
+    fits = batch_size % rows == 0
+    require(fits, "batch", batch_size, f"a multiple of {rows}, of mesh {DATA}")
 
   def any(self, flags: Bool[Array, "..."]) -> Bool[Array, ""]:
     """Whether one is true, in a row of any device."""
@@ -185,11 +199,16 @@ def prefill(
       prompt plus its new tokens plus the longest path of a tree. On a TPU a
       multiple of 128, so that caches are written in place.
 
+  Raises:
+    UsageError: the models lie on a mesh that is not theirs, or does not split
+      the batch evenly.
+
   Returns:
     The state before the first cycle; its first new token is the anchor. It may
     share `sequence_ids` and `stop_ids`, which then go when it is donated.
   """
   models = models.fused()
+  models.check_mesh(len(tokens))
   start = spread(
     functools.partial(_prefill, capacity=capacity),
     models.mesh,

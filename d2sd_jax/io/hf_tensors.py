@@ -141,7 +141,8 @@ def target_from_tensors(
     mesh: devices that share the model by its axis `tensor` (see
       `d2sd_jax.tensor_parallel`); `None` is the default device alone. A reader
       with a method `part` (`TensorFolder`) is asked for each device's own rows
-      of a matrix alone.
+      of a matrix alone. What is split by columns is read whole by each process,
+      as experts are, a layer at a time and on one device.
 
   Raises:
     UsageError: a tensor is missing, left over, or of another shape or kind; or
@@ -256,16 +257,22 @@ class _Reader:
         yield devices, value
       return
     rows, axis = cut
-    box = self._boxes(name)
+    box = self._boxes(name, axis)
     for share, devices in self._shares:
       value = _take(box, getattr(share, rows), axis, len(shape))
       _check_tensor(name, value, value.shape)
       yield devices, value
 
-  def _boxes(self, name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """Reads boxes of a tensor; from a file only what is in them."""
+  def _boxes(
+    self, name: str, axis: int
+  ) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Reads boxes of a tensor that is cut along an axis.
+
+    From a file only the rows that are in a box; columns lie scattered there,
+    so that what is cut by them is read whole, once.
+    """
     tensors, shape = self._tensors, self._shapes[name]
-    if hasattr(tensors, "part"):
+    if axis == 0 and hasattr(tensors, "part"):
       # Its shape is known from the file's header.
       _check_shape(name, tensors.tensors[name].shape, shape)
       return functools.partial(tensors.part, name)

@@ -67,7 +67,7 @@ def flag_parser() -> cli.FlagParser:
   add("--list", action="store_true", help="print the arms, no more")
   add(
     "--minutes",
-    type=cli.number,
+    type=cli.positive_number,
     metavar="N",
     help="begin no arm after so long; the same command goes on later",
   )
