@@ -9,7 +9,10 @@ from d2sd_jax.io import fetch
 
 
 def pytest_configure(config):
-  """Compiling ahead of time must not look for the chips themselves."""
+  """No programs are kept, and no chips are looked for ahead of time."""
+  # A script that a test runs may set up the cache of compiled programs, for
+  # all tests after it; writing one out has crashed a worker.
+  jax.config.update("jax_enable_compilation_cache", False)
   if config.option.markexpr == "aot":
     jax.config.update("jax_platforms", "cpu")
 
