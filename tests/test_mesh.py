@@ -33,6 +33,12 @@ from ml_collections import ConfigDict
 def get_config():
   return ConfigDict({})
 """
+_LONG = {
+  "num_steps": 50,
+  "log_every": 10,
+  "eval_every": 25,
+  "checkpoint_every": 20,
+}
 
 
 def start_process(
@@ -117,16 +123,24 @@ class Runs:
     arguments = [str(_HERE / "mesh_worker.py"), json.dumps(runs)]
     return start_process(arguments, devices, **environment)
 
+  def start_several(self, count, flags):
+    """Processes of eight devices in all that make one run."""
+    return self._start_joint([flags] * count, [{}] * count)
+
   def start_two(self, flags, more=((), ()), environments=({}, {})):
-    """Two processes of four devices that make one run."""
-    joint = [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    """Two processes of four devices; flags and variables of each are its own."""
+    return self._start_joint([[*flags, *own] for own in more], environments)
+
+  def _start_joint(self, flags, environments):
+    joint = [f"--coordinator_address={free_address()}"]
+    joint += [f"--num_processes={len(flags)}"]
     return [
       self.start(
-        [*flags, *more[i], *joint, f"--process_id={i}"],
-        devices=4,
+        [*own, *joint, f"--process_id={i}"],
+        devices=8 // len(flags),
         **environments[i],
       )
-      for i in range(2)
+      for i, own in enumerate(flags)
     ]
 
   def weights(self, workdir):
@@ -350,6 +364,17 @@ def test_processes_that_differ_all_say_so(tmp_path):
 
 
 @pytest.mark.slow
+def test_four_processes_train_as_one_device_does(tmp_path):
+  runs = Runs(tmp_path, **_LONG)
+  one = runs.start(runs.flags("one"))
+  four = runs.start_several(4, runs.flags("four", mesh="data:4,fsdp:2"))
+  for process in (one, *four):
+    status, told = end(process)
+    assert status == 0, told
+  runs.assert_alike("one", "four", 1e-5)
+
+
+@pytest.mark.slow
 def test_a_mistake_of_one_process_ends_all(tmp_path):
   runs = Runs(tmp_path)
   missing = ((), ["--config.corpus=/none.jsonl"])
@@ -362,14 +387,6 @@ def test_a_mistake_of_one_process_ends_all(tmp_path):
     (2, [f"error: process 1: {expected}"]),
     (2, [f"error: {expected}"]),
   ]
-
-
-_LONG = {
-  "num_steps": 50,
-  "log_every": 10,
-  "eval_every": 25,
-  "checkpoint_every": 20,
-}
 
 
 @pytest.mark.slow
