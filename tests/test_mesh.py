@@ -128,7 +128,7 @@ class Runs:
     return self._start_joint([flags] * count, [{}] * count)
 
   def start_two(self, flags, more=((), ()), environments=({}, {})):
-    """Two processes of four devices; flags and variables of each are its own."""
+    """Two processes of four devices, each with its own flags and variables."""
     return self._start_joint([[*flags, *own] for own in more], environments)
 
   def _start_joint(self, flags, environments):
