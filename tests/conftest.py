@@ -1,11 +1,14 @@
 """What several test modules share."""
 
 import os
+import pathlib
 
 import jax
 import pytest
 
 from d2sd_jax.io import fetch
+
+MOST_MAPS = 30_000
 
 
 def pytest_configure(config):
@@ -27,6 +30,19 @@ def pytest_xdist_auto_num_workers(config):
   selected = config.option.keyword or config.option.file_or_dir
   alone = selected or config.option.markexpr == "aot"
   return 0 if alone else min(4, os.cpu_count() or 1)
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+  """Lets compiled programs go before a process has too many.
+
+  Each takes a few memory maps, of which Linux gives a process 65,530; XLA
+  crashes when it gets no more.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.is_file() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
