@@ -10,6 +10,7 @@ of one device, and what the devices exchange, as measured by itself, is added.
 import dataclasses
 import fnmatch
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -134,6 +135,8 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
   return {
     "device": jax.devices()[0].device_kind,
     "versions": versions(),
+    # They may choose other kernels, such as those of sums over devices.
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
     "config": {**sizes, "dtype": config.dtype_name},
   }
 
