@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from d2sd_jax.kernels.quantized import QuantizedMatrix, quantized_product
+from d2sd_jax.kernels.quantized import QuantizedMatrix
 from d2sd_jax.typing import Array
 
 
@@ -16,7 +16,8 @@ def matmul(
   """`einsum` of two operands in the precision that their dtype promises.
 
   "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
-  bfloat16 on TPU. Products of bfloat16 arrays are not affected by it.
+  bfloat16 on TPU. Products of 16-bit arrays come out the same with it, but XLA
+  would keep its fast GEMMs of few rows from them.
 
   Args:
     spec: an einsum specification of two operands.
@@ -25,12 +26,28 @@ def matmul(
     preferred_element_type: of the result; `None` is the operands'.
   """
   if isinstance(b, QuantizedMatrix):
-    return quantized_product(spec, a, b, preferred_element_type or a.dtype)
+    return _quantized_product(spec, a, b, preferred_element_type or a.dtype)
+  small = a.dtype.itemsize == b.dtype.itemsize == 2
   return jnp.einsum(
     *(spec, a, b),
-    precision="highest",
+    precision=None if small else "highest",
     preferred_element_type=preferred_element_type,
   )
+
+
+def _quantized_product(
+  spec: str, x: Array, matrix: QuantizedMatrix, dtype: Any
+) -> Array:
+  """`einsum` of activations and the matrix, scaled once it is summed.
+
+  Products are of the activations' dtype, which holds int8 exactly, and sums are
+  float32. The matrix's channels come last in the output.
+  """
+  # Tied to x, or XLA would convert the matrix once, before a decode loop, and
+  # the loop would read the wider copy.
+  values, x = jax.lax.optimization_barrier((matrix.values, x))
+  wide = matmul(spec, x, values.astype(x.dtype), jnp.float32)
+  return (wide * matrix.scales).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,7 +1,6 @@
 """Matrices in int8 with a scale per output channel, for drafting only."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,25 +44,3 @@ def quantize(
   return QuantizedMatrix(
     values=values.astype(jnp.int8), scales=scales.squeeze(summed)
   )
-
-
-def quantized_product(
-  spec: str, x: Array, matrix: QuantizedMatrix, dtype: Any
-) -> Array:
-  """`einsum` of activations and the matrix, scaled once it is summed.
-
-  Args:
-    spec: of two operands; the matrix's channels come last in the output.
-    x: activations; products are of their dtype, which holds int8 exactly.
-    matrix: the weights.
-    dtype: of the result; sums are float32.
-  """
-  # Tied to x, or XLA would convert the matrix once, before a decode loop, and
-  # the loop would read the wider copy.
-  values, x = jax.lax.optimization_barrier((matrix.values, x))
-  wide = jnp.einsum(
-    *(spec, x, values.astype(x.dtype)),
-    precision="highest",
-    preferred_element_type=jnp.float32,
-  )
-  return (wide * matrix.scales).astype(dtype)
