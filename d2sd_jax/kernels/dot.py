@@ -1,6 +1,7 @@
 """Contractions with the precision this project means."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,8 +17,7 @@ def matmul(
   """`einsum` of two operands in the precision that their dtype promises.
 
   "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
-  bfloat16 on TPU. Products of 16-bit arrays come out the same with it, but XLA
-  would keep its fast GEMMs of few rows from them.
+  bfloat16 on TPU. Products of 16-bit arrays come out the same with either.
 
   Args:
     spec: an einsum specification of two operands.
@@ -27,10 +27,13 @@ def matmul(
   """
   if isinstance(b, QuantizedMatrix):
     return _quantized_product(spec, a, b, preferred_element_type or a.dtype)
-  small = a.dtype.itemsize == b.dtype.itemsize == 2
+  # On a GPU "highest" leaves 16-bit products to cuBLAS, which is faster with
+  # many rows. One row is a GEMM only without it: XLA would multiply the whole
+  # matrix, write that out and sum it.
+  free = _are_16_bit(a, b) and _rows(spec, a, b) == 1
   return jnp.einsum(
     *(spec, a, b),
-    precision=None if small else "highest",
+    precision=None if free else "highest",
     preferred_element_type=preferred_element_type,
   )
 
@@ -46,8 +49,25 @@ def _quantized_product(
   # Tied to x, or XLA would convert the matrix once, before a decode loop, and
   # the loop would read the wider copy.
   values, x = jax.lax.optimization_barrier((matrix.values, x))
-  wide = matmul(spec, x, values.astype(x.dtype), jnp.float32)
+  values = values.astype(x.dtype)
+  wide = jnp.einsum(
+    *(spec, x, values),
+    precision=None if _are_16_bit(x, values) else "highest",
+    preferred_element_type=jnp.float32,
+  )
   return (wide * matrix.scales).astype(dtype)
+
+
+def _are_16_bit(*arrays: Array) -> bool:
+  return all(x.dtype.itemsize == 2 for x in arrays)
+
+
+def _rows(spec: str, a: Array, b: Array) -> int:
+  """Products that each element of the right operand is part of, at least."""
+  operands, output = spec.split("->")
+  left, right = operands.split(",")
+  summed = {*left} & {*right} - {*output}
+  return a.size // math.prod(b.shape[right.index(name)] for name in summed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
