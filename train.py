@@ -54,6 +54,7 @@ from d2sd_jax.training.checkpoint import (
 )
 from d2sd_jax.training.data import make_dataset
 from d2sd_jax.training.flops import step_flops
+from d2sd_jax.training.optimizer import learning_rate_schedule
 from d2sd_jax.training.run import (
   check_config,
   evaluate,
@@ -61,11 +62,7 @@ from d2sd_jax.training.run import (
   read_data,
   trained_drafter,
 )
-from d2sd_jax.training.step import (
-  init_train_state,
-  learning_rate_schedule,
-  train_step,
-)
+from d2sd_jax.training.step import init_train_state, train_step
 
 
 def check(config: TrainConfig, workdir: Path) -> None:

@@ -32,6 +32,7 @@ from d2sd_jax.training.losses import (
   default_loss_decay,
   token_losses,
 )
+from d2sd_jax.training.optimizer import make_optimizer
 from d2sd_jax.typing import Array, Float
 
 
@@ -49,31 +50,6 @@ class TrainState:
   params: Any
   opt_state: Any
   step: Array
-
-
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-  """AdamW, or Muon for the matrices, behind a clip; cosine with warm-up."""
-  schedule = learning_rate_schedule(config)
-  if config.optimizer == "adamw":
-    update = optax.adamw(schedule, b2=0.95, weight_decay=config.weight_decay)
-  else:
-    # Updates as large as AdamW's usually are, so that learning rates carry
-    # over (arXiv 2502.16982).
-    update = optax.contrib.muon(
-      schedule,
-      weight_decay=config.weight_decay,
-      adam_b2=0.95,
-      consistent_rms=0.2,
-    )
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
-
-
-def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
-  """Linear warm-up over `warmup_fraction` of the steps, then a cosine to 0."""
-  warmup = max(1, round(config.warmup_fraction * config.num_steps))
-  return optax.schedules.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, warmup, max(config.num_steps, warmup + 1)
-  )
 
 
 def init_train_state(

@@ -1,0 +1,80 @@
+"""The optimizer on stacks is the optimizer on every leaf by itself."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from d2sd_jax.config import TrainConfig
+from d2sd_jax.training.optimizer import in_stacks, make_optimizer
+
+# Tall, wide and square matrices, some of one shape, and vectors of one length.
+_SHAPES = {
+  "tall": [(7, 3), (7, 3), (7, 3)],
+  "norms": [(5,), (5,)],
+  "wide": [(3, 7)],
+  "square": [(5, 5), (5, 5)],
+}
+
+
+def _tree(seed):
+  leaves, structure = jax.tree.flatten(
+    _SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+  )
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return jax.tree.unflatten(
+    structure,
+    [jax.random.normal(k, s) for k, s in zip(keys, leaves, strict=True)],
+  )
+
+
+def _run(optimizer, steps=4):
+  params = _tree(0)
+  state = optimizer.init(params)
+  for step in range(steps):
+    updates, state = optimizer.update(_tree(step + 1), state, params)
+    params = optax.apply_updates(params, updates)
+  return params, state
+
+
+def test_muon_in_stacks_is_muon():
+  config = TrainConfig(
+    corpus="c",
+    heldout="h",
+    optimizer="muon",
+    num_steps=10,
+    learning_rate=0.1,
+    weight_decay=0.3,
+    clip_norm=2.0,
+  )
+  schedule = optax.schedules.warmup_cosine_decay_schedule(0.0, 0.1, 1, 10)
+  plain = optax.chain(
+    optax.clip_by_global_norm(2.0),
+    optax.contrib.muon(
+      schedule, weight_decay=0.3, adam_b2=0.95, consistent_rms=0.2
+    ),
+  )
+  found, state = _run(make_optimizer(config))
+  wanted, _ = _run(plain)
+  chex.assert_trees_all_close(found, wanted, rtol=2e-5, atol=2e-5)
+  assert max(x.ndim for x in jax.tree.leaves(state)) == 3
+
+
+def test_leaves_come_back_in_their_places():
+  # Each stack's members move by their own number, and by nothing else's.
+  tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3,)), "c": jnp.ones((2, 3))}
+  number = lambda stack: jnp.arange(len(stack)).reshape(
+    -1, *[1] * (stack.ndim - 1)
+  )
+  inner = optax.stateless(
+    lambda updates, params: jax.tree.map(
+      lambda u, p: u + 10 * number(u) + p, updates, params
+    )
+  )
+  found, _ = in_stacks(inner).update(tree, in_stacks(inner).init(tree), tree)
+  wanted = {
+    "a": jnp.full((2, 3), 0.0),
+    "b": jnp.full((3,), 0.0),
+    "c": jnp.full((2, 3), 12.0),
+  }
+  chex.assert_trees_all_equal(found, wanted)
