@@ -59,6 +59,7 @@ from d2sd_jax.training.run import (
   check_config,
   evaluate,
   init_drafter,
+  load_first_drafter,
   read_data,
   trained_drafter,
 )
@@ -100,6 +101,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   drafter = init_drafter(config, target.config)
   graphdef, state = init_train_state(drafter, config)
   state = shard_weights(mesh, state)
+  first_drafter = load_first_drafter(config, target.config, mesh)
   checkpointer = Checkpointer(workdir, config)
   state = checkpointer.restore(state)
   first = int(state.step)
@@ -110,8 +112,9 @@ def train(config: TrainConfig, workdir: Path) -> None:
     f"conversations; compiling for {mesh.size} x {jax.devices()[0].device_kind}"
   )
   batch = lambda step: shard_batch(mesh, dataset[step])
+  arguments = state, target, batch(first), first_drafter
   update = train_step.lower(
-    graphdef, state, target, batch(first), config=config, mesh=mesh
+    graphdef, *arguments, config=config, mesh=mesh
   ).compile()
 
   progress = progress_bar(console=console, hidden=not main)
@@ -129,7 +132,7 @@ def train(config: TrainConfig, workdir: Path) -> None:
   ):
     clock, since = time.perf_counter(), first
     for step in range(first + 1, config.num_steps + 1):
-      state, metrics = update(state, target, batch(step - 1))
+      state, metrics = update(state, target, batch(step - 1), first_drafter)
       last = step == config.num_steps
       line: dict[str, Any] = {}
       if step % config.log_every == 0 or last:

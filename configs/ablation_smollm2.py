@@ -31,6 +31,8 @@ def get_config() -> ConfigDict:
         "vp_warm": warm,
         # The released code's prior, without l = 0.
         "vp_prefix_1": {**warm, "min_prefix_length": 1},
+        # Prefixes that end where drafter 1 fails, in three blocks of four.
+        "vp_failing": {**warm, "first_drafter": "arm:dflash"},
       },
       "decodings": {
         "vp_may_repeat": {"arm": "vp_warm", "forbid_repeat": False},
@@ -42,6 +44,7 @@ def get_config() -> ConfigDict:
         "loss": ("dflash", "distillation"),
         "start": ("vp_scratch", "vp_warm"),
         "min_prefix_length": ("vp_warm", "vp_prefix_1"),
+        "first_drafter": ("vp_warm", "vp_failing"),
         "forbid_repeat": ("vp_warm", "vp_may_repeat"),
       },
       "drafter": "arm:dflash",

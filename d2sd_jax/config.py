@@ -360,6 +360,9 @@ class TrainConfig:
     loss_decay: τ of exponential weights; `None` is the paper's for the block.
     prefix_decay: β of Eq. 6. min_prefix_length: 0 as in the paper's Eq. 6,
       1 as in its released code.
+    first_drafter: for drafter 2: the folder of a drafter 1. In `failing_share`
+      of the blocks the visible prefix then ends where drafter 1's draft first
+      goes wrong, not where Eq. 6 says.
     loss_normalizer: `batch`, one ratio over the global batch, or `example`,
       the mean of one ratio per sequence.
     mesh: devices by axis, such as `data:4,fsdp:2`; `None` is one device. The
@@ -392,6 +395,8 @@ class TrainConfig:
   loss_decay: float | None = None
   prefix_decay: float = 0.9
   min_prefix_length: int = 0
+  first_drafter: str | None = None
+  failing_share: float = 0.75
   loss_normalizer: str = "batch"
   dtype: str = "bfloat16"
   mesh: str | None = None
@@ -444,6 +449,12 @@ class TrainConfig:
         0 <= self.min_prefix_length <= self.block_size - 2,
         f"0 to block_size-2 = {self.block_size - 2}",
       ),
+      (
+        "first_drafter",
+        self.first_drafter is None or self.role == "vp_drafter",
+        "none, for only role=vp_drafter has a use for it",
+      ),
+      ("failing_share", 0 <= self.failing_share <= 1, "0 to 1"),
       (
         "loss_normalizer",
         self.loss_normalizer in ("batch", "example"),

@@ -32,7 +32,11 @@ _BASE = {
 _ABLATION = {
   "arms": {
     # The order told is not the order of need.
-    "warm": {"role": "vp_drafter", "init_from": "arm:plain"},
+    "warm": {
+      "role": "vp_drafter",
+      "init_from": "arm:plain",
+      "first_drafter": "arm:plain",
+    },
     "plain": {},
     "exponential": {"slot_weighting": "exponential"},
   },
@@ -236,6 +240,16 @@ def test_a_foreign_file_and_a_lost_drafter_are_refused(run, tmp_path):
       ["--config.arms.plain={'target_layer_ids': (0,)}"],
       "arms.warm: init_from target_layer_ids=(0,)",
     ),
+    (
+      [
+        "--config.arms.warm={'role': 'vp_drafter', 'first_drafter': 'arm:warm'}"
+      ],
+      "arms: warm",
+    ),
+    (
+      ["--config.arms.warm={'role': 'vp_drafter', 'first_drafter': '/none'}"],
+      "first_drafter='/none'",
+    ),
     (["--config.drafter=arm:warm"], "drafter='arm:warm' role='vp_drafter'"),
     (["--config.drafter=/none"], "drafter='/none'"),
     (["--config.decodings={'plain': {}}"], "decodings=['plain']"),
@@ -266,7 +280,8 @@ def test_a_choice_brings_what_it_needs(run):
   assert status == 0
   assert listed.splitlines() == [
     "plain: base",
-    "warm: base, role='vp_drafter', init_from='arm:plain'",
+    "warm: base, role='vp_drafter', init_from='arm:plain',"
+    " first_drafter='arm:plain'",
     "other: warm, forbid_repeat=False",
   ]
 

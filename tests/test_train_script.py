@@ -149,6 +149,15 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
     ({"target": "/none.gguf"}, "target='/none.gguf'"),
     ({"init_from": "/none"}, "init_from='/none'"),
     ({"init_from": "/"}, "init_from='/': expected a folder with config.json"),
+    (
+      {"first_drafter": "x", "role": "dflash"},
+      "first_drafter='x': expected none, for only",
+    ),
+    (
+      {"first_drafter": "/none", "role": "vp_drafter"},
+      "first_drafter='/none'",
+    ),
+    ({"failing_share": 2}, "failing_share=2"),
     ({"num_layers": 9}, "num_layers=9"),
     ({"role": "trunk"}, "role='trunk'"),
     ({"anchors": 3}, "config key 'anchors'"),

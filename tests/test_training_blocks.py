@@ -29,7 +29,12 @@ from d2sd_jax.training.losses import (
   default_loss_decay,
   token_losses,
 )
-from d2sd_jax.training.step import block_hidden
+from d2sd_jax.training.step import (
+  block_hidden,
+  failing_prefixes,
+  target_features,
+  teacher_of,
+)
 
 _MASK = 99
 
@@ -288,7 +293,8 @@ def _run(drafter, target, tokens, prefix_lengths):
     config.block_size,
     config.mask_token_id,
   )
-  return target.head(block_hidden(drafter, target, batch, blocks)[0])
+  features = target_features(target, batch, config)
+  return target.head(block_hidden(drafter.fuse(), target, features, blocks))
 
 
 def _logits(tokens, prefixes, config):
@@ -341,7 +347,7 @@ def test_training_and_decoding_agree(role):
 def test_the_teacher_speaks_of_each_slots_own_token(role):
   """At slot k it is the target behind the tokens up to a + k - 1."""
   config, prefix_lengths = _ROLES[role]
-  target, drafter = tiny.target(), tiny.drafter(config)
+  target = tiny.target()
   batch = _conversations(_TOKENS, _PROMPTS, _LENGTHS)
   blocks = make_blocks(
     batch,
@@ -351,7 +357,8 @@ def test_the_teacher_speaks_of_each_slots_own_token(role):
     config.block_size,
     config.mask_token_id,
   )
-  _, teacher = block_hidden(drafter, target, batch, blocks, distill=True)
+  features = target_features(target, batch, config, distill=True)
+  teacher = teacher_of(target, features, blocks)
   logits = teacher.head(teacher.hidden)
   assert logits.shape == (2, 3, config.block_size - 1, 61)
   for row, block, slot in ((0, 0, 1), (0, 2, 3), (1, 1, 4), (1, 0, 2)):
@@ -361,3 +368,38 @@ def test_the_teacher_speaks_of_each_slots_own_token(role):
     np.testing.assert_allclose(
       logits[row, block, slot - 1], expected, rtol=1e-4, atol=1e-4
     )
+
+
+def test_a_prefix_ends_where_drafter_1_first_fails():
+  config, _ = _ROLES["drafter 1"]
+  drafter, target = tiny.drafter(config), tiny.target()
+  nothing = jnp.zeros(_ANCHORS.shape, jnp.int32)
+  drafted = np.array(_run(drafter, target, _TOKENS, nothing).argmax(-1))
+  # Of each row the last block, whose tokens no other block's draft reads:
+  # right for two slots; right to the end of the answer.
+  tokens = np.array(_TOKENS)
+  tokens[0, 11:13] = drafted[0, 2, :2]
+  tokens[0, 13] = (drafted[0, 2, 2] + 1) % 61
+  tokens[1, 9:13] = drafted[1, 2, :4]
+  batch = _conversations(tokens, _PROMPTS, _LENGTHS)
+  blocks = make_blocks(
+    batch,
+    jnp.asarray(_ANCHORS),
+    jnp.ones(_ANCHORS.shape, bool),
+    nothing,
+    config.block_size,
+    config.mask_token_id,
+  )
+  features = target_features(target, batch, config)
+  found = failing_prefixes(drafter.fuse(), target, features, blocks)
+  assert found[:, 2].tolist() == [2, config.block_size - 1]
+  # And all blocks, against the drafts themselves.
+  drafted = np.array(_run(drafter, target, tokens, nothing).argmax(-1))
+  for row, block in np.ndindex(2, 3):
+    first = int(_ANCHORS[row, block]) + 1
+    truth = tokens[
+      row, first : min(first + config.block_size - 1, _LENGTHS[row])
+    ]
+    wrong = np.flatnonzero(drafted[row, block, : len(truth)] != truth)
+    expected = wrong[0] if len(wrong) else config.block_size - 1
+    assert found[row, block] == expected

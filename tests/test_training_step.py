@@ -76,6 +76,10 @@ def test_step_flops_by_hand():
   distilled = dataclasses.replace(_CONFIG, loss="distillation")
   more = step_flops(distilled, tiny.TARGET, tiny.VP) - got
   assert more == pytest.approx(2 * 24 * 61 * 8 * 6 * 4)
+  # A first drafter goes forwards through all that the drafter does.
+  helped = dataclasses.replace(_CONFIG, first_drafter="smollm2-135m-dflash")
+  more = step_flops(helped, tiny.TARGET, tiny.VP) - got
+  assert more == pytest.approx(sum(expected[2:5]) / 3 + expected[5] / 2)
   # Of 19 experts of 14 a token takes 2, and all 19 scores.
   mixed = 24 * 16 * 8 + 24 * 19 + 2 * 3 * 24 * 14
   more = step_flops(_CONFIG, tiny.GPT_OSS, tiny.VP) - got
@@ -124,6 +128,30 @@ def test_training_lowers_the_loss_and_resumes_exactly(records, tmp_path):
   resumed, rest = _train(graphdef, restored, again, 30)
   assert first + rest == losses
   _assert_same(resumed, straight)
+
+
+def test_a_first_drafter_moves_a_share_of_the_prefixes(records):
+  dataset = make_dataset(records, _CONFIG.batch_size, _CONFIG.seed)
+  first = tiny.drafter(tiny.DFLASH).fuse()
+
+  def losses(share, first):
+    graphdef, state = _start()
+    config = dataclasses.replace(
+      _CONFIG, first_drafter="a folder", failing_share=share
+    )
+    found = []
+    for step in range(3):
+      state, metrics = train_step(
+        graphdef, state, tiny.target(), dataset[step], first, config=config
+      )
+      found.append(float(metrics["loss"]))
+    return found
+
+  prior = losses(0.75, None)
+  assert losses(0.0, first) == prior
+  always = losses(1.0, first)
+  assert np.all(np.isfinite(always))
+  assert always[0] != prior[0]
 
 
 def test_distillation_brings_the_drafter_nearer_to_the_target(records):

@@ -36,6 +36,7 @@ from d2sd_jax.training.data import Batches, Records, make_dataset
 from d2sd_jax.training.run import (
   evaluate,
   init_drafter,
+  load_first_drafter,
   read_data,
   trained_drafter,
 )
@@ -153,22 +154,27 @@ def train_arm(lab: Lab, arm: Arm, advance: Advance) -> dict[str, Any]:
   Returns:
     `loss`, `heldout_alpha`, `ms_per_step` and `weights_sha256`.
   """
-  config, mesh = arm.train, make_mesh(None)
-  if config.init_from is not None:
-    start = str(lab.drafter_folder(config.init_from))
-    config = dataclasses.replace(config, init_from=start)
+  mesh = make_mesh(None)
+  place = lambda name: name and str(lab.drafter_folder(name))
+  config = dataclasses.replace(
+    arm.train,
+    init_from=place(arm.train.init_from),
+    first_drafter=place(arm.train.first_drafter),
+  )
+  first_drafter = load_first_drafter(config, lab.target.config, mesh)
   drafter = init_drafter(config, lab.target.config)
   graphdef, state = init_train_state(drafter, config)
   state = shard_weights(mesh, state)
   batch = lambda step: shard_batch(mesh, lab.dataset[step])
+  arguments = state, lab.target, batch(0), first_drafter
   update = train_step.lower(
-    graphdef, state, lab.target, batch(0), config=config, mesh=mesh
+    graphdef, *arguments, config=config, mesh=mesh
   ).compile()
 
   losses: collections.deque = collections.deque(maxlen=_LAST_STEPS)
   with cli.patient_interrupt() as stop_if_interrupted:
     for step in range(config.num_steps):
-      state, metrics = update(state, lab.target, batch(step))
+      state, metrics = update(state, lab.target, batch(step), first_drafter)
       losses.append(metrics["loss"])
       if step % config.log_every == 0:
         jax.block_until_ready(state)

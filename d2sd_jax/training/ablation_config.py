@@ -14,6 +14,7 @@ from d2sd_jax.io.models import read_target_config
 from d2sd_jax.io.paths import find_checkpoint
 from d2sd_jax.training.run import (
   check_config,
+  check_first_drafter,
   check_same_shape,
   drafter_config,
 )
@@ -35,8 +36,8 @@ class AblationConfig:
   Attributes:
     base: a config of `train.py`, a file or a shipped name.
     overrides: of the base, for all arms alike.
-    arms: by name, what an arm changes of `TrainConfig`. `init_from` may be
-      `arm:NAME`, the drafter of another arm.
+    arms: by name, what an arm changes of `TrainConfig`. `init_from` and
+      `first_drafter` may be `arm:NAME`, the drafter of another arm.
     decodings: by name, another way to decode with the drafters of an `arm`:
       fields of `TreeConfig`.
     groups: by name, the arms that are compared, the baseline first.
@@ -119,8 +120,10 @@ class Arm:
   @property
   def needs(self) -> list[str]:
     """Arms whose drafters it cannot do without."""
-    named = [self.drafter, self.train.init_from if self.is_trained else None]
-    arms = [x.removeprefix(ARM) for x in named if x and x.startswith(ARM)]
+    named = [self.drafter]
+    if self.is_trained:
+      named += [self.train.init_from, self.train.first_drafter]
+    arms = [name for name in map(_arm_of, named) if name]
     return arms if self.is_trained else [self.trained_as, *arms]
 
 
@@ -198,18 +201,29 @@ def check_arms(arms: Mapping[str, Arm], base: TrainConfig) -> None:
     check_config(dataclasses.replace(base, init_from=None))
   for arm in (arm for arm in arms.values() if arm.is_trained):
     with _naming(f"arms.{arm.name}"):
-      start = arm.train.init_from or ""
-      if start.startswith(ARM):
-        theirs = arms[start.removeprefix(ARM)].train
-        check_config(dataclasses.replace(arm.train, init_from=None))
-        check_same_shape(
-          drafter_config(theirs, target), drafter_config(arm.train, target)
+      # Drafters of other arms are not there yet; their shapes are known.
+      start, first = arm.train.init_from, arm.train.first_drafter
+      check_config(
+        dataclasses.replace(
+          arm.train,
+          init_from=None if _arm_of(start) else start,
+          first_drafter=None if _arm_of(first) else first,
         )
-      else:
-        check_config(arm.train)
+      )
+      shape_of = lambda name: drafter_config(arms[name].train, target)
+      if name := _arm_of(start):
+        check_same_shape(shape_of(name), shape_of(arm.name))
+      if name := _arm_of(first):
+        check_first_drafter(shape_of(name), shape_of(arm.name))
     if arm.drafter is not None and not arm.drafter.startswith(ARM):
       folder = find_checkpoint(arm.drafter, "drafter")
       read_drafter_config(folder, target, "drafter")
+
+
+def _arm_of(drafter: str | None) -> str:
+  """The arm whose drafter is meant; empty if it is none's."""
+  named = (drafter or "").partition(ARM)
+  return named[2] if not named[0] else ""
 
 
 def _check_needs(arm: Arm, arms: Mapping[str, Arm]) -> None:

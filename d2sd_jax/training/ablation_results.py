@@ -31,7 +31,14 @@ ROW_KEYS = (
 )
 # What of the base an arm's row tells itself, or what changes no result.
 _NOT_SHARED = (
-  *("target", "init_from", "log_every", "eval_every", "checkpoint_every"),
+  *(
+    "target",
+    "init_from",
+    "first_drafter",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+  ),
   *DATA_FIELDS,
 )
 
@@ -58,6 +65,7 @@ def make_settings(arm: Arm, base: TrainConfig) -> dict[str, Any]:
     "tree": vars(arm.tree),
     "trained_as": arm.trained_as,
     "init_from": _identity(arm.train.init_from),
+    "first_drafter": _identity(arm.train.first_drafter),
     "drafter": _identity(arm.drafter),
   }
   return json.loads(json.dumps(settings))

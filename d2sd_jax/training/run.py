@@ -21,9 +21,9 @@ from d2sd_jax.io.drafter_format import read_drafter_config
 from d2sd_jax.io.models import load_drafter, read_target_config
 from d2sd_jax.io.paths import find_checkpoint, user_path
 from d2sd_jax.io.tokenizer import ChatTokenizer
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.models.drafter import Drafter, FusedDrafter
 from d2sd_jax.models.target import Target
-from d2sd_jax.sharding import batch_shards, gather, shard_batch
+from d2sd_jax.sharding import batch_shards, gather, replicate, shard_batch
 from d2sd_jax.training.data import Records, eval_batches, read_conversations
 from d2sd_jax.training.step import eval_step
 
@@ -74,6 +74,10 @@ def check_config(config: TrainConfig) -> None:
   if config.init_from is not None:
     folder = find_checkpoint(config.init_from, "init_from")
     check_same_shape(read_drafter_config(folder, target, "init_from"), wanted)
+  if config.first_drafter is not None:
+    folder = find_checkpoint(config.first_drafter, "first_drafter")
+    first = read_drafter_config(folder, target, "first_drafter")
+    check_first_drafter(first, wanted)
   fits = config.num_anchors <= config.max_length
   require(fits, "num_anchors", config.num_anchors, "at most max_length")
 
@@ -84,6 +88,23 @@ def check_same_shape(theirs: DrafterConfig, mine: DrafterConfig) -> None:
     if field.name not in ("block_size", "training_mode", "prefix_weight_base"):
       found, wanted = getattr(theirs, field.name), getattr(mine, field.name)
       require(found == wanted, f"init_from {field.name}", found, f"{wanted}")
+
+
+def check_first_drafter(theirs: DrafterConfig, mine: DrafterConfig) -> None:
+  """A first drafter reads what the second does, and drafts as far or farther.
+
+  Raises:
+    UsageError: it is none, or does not.
+  """
+  role = theirs.training_mode
+  require(role == "dflash", "first_drafter role", role, "dflash")
+  for field in ("target_layer_ids", "mask_token_id"):
+    found, wanted = getattr(theirs, field), getattr(mine, field)
+    require(found == wanted, f"first_drafter {field}", found, f"{wanted}")
+  size = theirs.block_size
+  expected = f"at least block_size = {mine.block_size}"
+  fits = size >= mine.block_size
+  require(fits, "first_drafter block_size", size, expected)
 
 
 def read_data(
@@ -112,6 +133,16 @@ def init_drafter(config: TrainConfig, target: TargetConfig) -> Drafter:
   drafter = load_drafter(config.init_from, target)
   drafter.config = wanted
   return drafter
+
+
+def load_first_drafter(
+  config: TrainConfig, target: TargetConfig, mesh: Mesh
+) -> FusedDrafter | None:
+  """`first_drafter` of a run, if any: frozen, whole on every device."""
+  if config.first_drafter is None:
+    return None
+  drafter = load_drafter(config.first_drafter, target, config.dtype)
+  return replicate(mesh, drafter.fuse())
 
 
 def trained_drafter(graphdef: nnx.GraphDef, params: Any, mesh: Mesh) -> Drafter:

@@ -11,8 +11,8 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2sd_jax.config import TrainConfig
-from d2sd_jax.models.drafter import Drafter
+from d2sd_jax.config import DrafterConfig, TrainConfig
+from d2sd_jax.models.drafter import Drafter, FusedDrafter
 from d2sd_jax.models.target import Target
 from d2sd_jax.sharding import batch_shards, constrain_weights, gather
 from d2sd_jax.training.blocks import (
@@ -33,7 +33,7 @@ from d2sd_jax.training.losses import (
   token_losses,
 )
 from d2sd_jax.training.optimizer import make_optimizer
-from d2sd_jax.typing import Array, Float
+from d2sd_jax.typing import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -63,54 +63,70 @@ def init_train_state(
   return graphdef, state
 
 
-def block_hidden(
-  drafter: Drafter,
+def target_features(
   target: Target,
   batch: Conversations,
-  blocks: Blocks,
+  config: DrafterConfig,
   distill: bool = False,
-) -> tuple[Float[Array, "B A slots D"], Teacher | None]:
+) -> Float[Array, "B T taps D"]:
+  """What a drafter reads of the frozen target, in one pass over everything.
+
+  Args:
+    target: frozen.
+    batch: the sequences.
+    config: of the drafter, whose taps come first.
+    distill: whether the target's last layer is wanted behind them.
+  """
+  own, last = config.target_layer_ids, config.num_target_layers - 1
+  taps = tuple(sorted({*own, last})) if distill else own
+  output = target.prefill(batch.tokens, batch.lengths, taps)
+  return jax.lax.stop_gradient(output.features)
+
+
+def block_hidden(
+  drafter: FusedDrafter,
+  target: Target,
+  features: Float[Array, "B T taps D"],
+  blocks: Blocks,
+) -> Float[Array, "B A slots D"]:
   """Slots 1..γ-1 of all blocks, ready for the head, just as in decoding.
 
-  The target runs over the whole sequence once; a block sees the features of
-  tokens strictly before its anchor, and nothing of other blocks.
+  A block sees the features of tokens strictly before its anchor, and nothing
+  of other blocks.
 
   Args:
     drafter: drafter 1 or 2.
-    target: frozen.
-    batch: the sequences.
-    blocks: cut out of them.
-    distill: whether the target's own distributions are wanted; it needs the
-      method `logits` of `LlamaTarget` then.
-
-  Returns:
-    The slots, and if it is wanted the target as their teacher.
+    target: frozen; embeds tokens.
+    features: see `target_features`.
+    blocks: cut out of the sequences.
   """
-  fused = drafter.fuse()
-  own = drafter.config.target_layer_ids
-  last = drafter.config.num_target_layers - 1
-  taps = tuple(sorted({*own, last})) if distill else own
-  features = jax.lax.stop_gradient(
-    target.prefill(batch.tokens, batch.lengths, taps).features
+  index = jnp.arange(features.shape[1])
+  context = drafter.context_kv(
+    features[:, :, : len(drafter.config.target_layer_ids)],
+    jnp.broadcast_to(index, features.shape[:2]),
   )
-  teacher = _teacher(target, features[:, :, -1], blocks) if distill else None
-  index = jnp.arange(batch.tokens.shape[1])
-  context = fused.context_kv(
-    features[:, :, : len(own)],
-    jnp.broadcast_to(index, batch.tokens.shape),
-  )
-  hidden = fused(
+  hidden = drafter(
     target.embed(blocks.inputs), blocks.positions, context, blocks.anchors
   )
-  return hidden[:, :, 1:], teacher
+  return hidden[:, :, 1:]
 
 
-def _teacher(target, hidden, blocks) -> Teacher:
-  """The target's last hidden states, each one token before its slot's."""
+def teacher_of(
+  target: Any, features: Float[Array, "B T taps D"], blocks: Blocks
+) -> Teacher:
+  """The target's own distribution of each slot 1..γ-1.
+
+  Args:
+    target: frozen; a `Target` with the method `logits` of `LlamaTarget`.
+    features: see `target_features`, with `distill`.
+    blocks: cut out of the sequences.
+  """
+  last = features[:, :, -1]
+  # The hidden states one token before a slot's are of the slot's token.
   before = blocks.positions[:, :, :-1]
-  flat = jnp.minimum(before, hidden.shape[1] - 1).reshape(len(hidden), -1)
-  rows = jnp.take_along_axis(hidden, flat[:, :, None], axis=1)
-  shape = (*before.shape, hidden.shape[-1])
+  flat = jnp.minimum(before, last.shape[1] - 1).reshape(len(last), -1)
+  rows = jnp.take_along_axis(last, flat[:, :, None], axis=1)
+  shape = (*before.shape, last.shape[-1])
   return Teacher(head=target.logits, hidden=rows.reshape(shape))
 
 
@@ -124,6 +140,7 @@ def train_step(
   state: TrainState,
   target: Target,
   batch: Conversations,
+  first_drafter: FusedDrafter | None = None,
   *,
   config: TrainConfig,
   mesh: Mesh | None = None,
@@ -139,6 +156,8 @@ def train_step(
     state: donated.
     target: frozen; its dtype is the dtype of all computation.
     batch: sequences.
+    first_drafter: for drafter 2: drafter 1, which then decides where a share
+      of the prefixes end; see `failing_prefixes`.
     config: the run.
     mesh: where the arguments lie; see `sharding`. `None` is one device.
 
@@ -149,15 +168,27 @@ def train_step(
   anchor_key, prefix_key = jax.random.split(key)
   anchors, valid = sample_anchors(anchor_key, batch, config.num_anchors)
   lengths = draw_prefixes(prefix_key, anchors.shape, config)
-  blocks = cut(batch, anchors, valid, lengths, config)
   target = gather(mesh, target)
   shards = num_shards(mesh)
+  distill = config.loss == "distillation"
+  drafter_config = nnx.merge(graphdef, state.params).config
+  features = target_features(target, batch, drafter_config, distill)
+  if first_drafter is not None:
+    at_all = cut(batch, anchors, valid, jnp.zeros_like(lengths), config)
+    fails = failing_prefixes(first_drafter, target, features, at_all, shards)
+    share_key = jax.random.fold_in(prefix_key, 1)
+    chosen = jax.random.bernoulli(
+      share_key, config.failing_share, anchors.shape
+    )
+    chosen &= fails < config.block_size - 1
+    lengths = jnp.where(chosen, fails, lengths)
+  blocks = cut(batch, anchors, valid, lengths, config)
 
   def loss_fn(params):
     compute = jax.tree.map(lambda x: x.astype(config.dtype), params)
     drafter = nnx.merge(graphdef, gather(mesh, compute))
-    distill = config.loss == "distillation"
-    hidden, teacher = block_hidden(drafter, target, batch, blocks, distill)
+    hidden = block_hidden(drafter.fuse(), target, features, blocks)
+    teacher = teacher_of(target, features, blocks) if distill else None
     labels = blocks.labels[:, :, 1:]
     losses, label_losses, correct = token_losses(
       target.head, hidden, labels, shards, teacher
@@ -222,7 +253,8 @@ def eval_step(
     everywhere = lambda x: jnp.broadcast_to(x, (shards, size))
     anchors, lengths = everywhere(anchors), everywhere(lengths)
     blocks = cut(rows, anchors, is_anchor(rows), lengths, config)
-    hidden, _ = block_hidden(drafter, target, rows, blocks)
+    features = target_features(target, rows, drafter.config)
+    hidden = block_hidden(drafter.fuse(), target, features, blocks)
     labels = blocks.labels[:, :, 1:]
     *_, correct = token_losses(target.head, hidden, labels, shards)
     supervised = blocks.supervised[:, :, 1:]
@@ -240,6 +272,37 @@ def eval_step(
   )
   sums = jax.lax.map(some, jax.tree.map(in_turn, batch))
   return gather(mesh, jax.tree.map(lambda x: x.sum(0), sums))
+
+
+def failing_prefixes(
+  drafter: FusedDrafter,
+  target: Target,
+  features: Float[Array, "B T taps D"],
+  blocks: Blocks,
+  shards: int = 1,
+) -> Int[Array, "B A"]:
+  """How many tokens of its draft of each block are right before one is wrong.
+
+  It is there that a second drafter is of use: all tokens of its visible prefix
+  accepted, and the token it begins with one that drafter 1 gets wrong. Drawn
+  from Eq. 6 alone, most prefixes end where drafter 1 needs no help.
+
+  Args:
+    drafter: drafter 1.
+    target: frozen.
+    features: see `target_features`.
+    blocks: cut out of the sequences, with nothing visible but the anchors.
+    shards: see `token_losses`.
+
+  Returns:
+    int32; γ - 1 where no token of the draft is wrong.
+  """
+  hidden = block_hidden(drafter, target, features, blocks)
+  labels, supervised = blocks.labels[:, :, 1:], blocks.supervised[:, :, 1:]
+  *_, correct = token_losses(target.head, hidden, labels, shards)
+  right, slots = accepted_lengths(correct, supervised), supervised.shape[-1]
+  fails = right < supervised.sum(-1)
+  return jnp.where(fails, right, slots).astype(jnp.int32)
 
 
 def num_shards(mesh: Mesh | None) -> int:
