@@ -24,6 +24,8 @@ from d2sd_jax import (
   prefill,
 )
 from d2sd_jax.config import default_target_layer_ids
+from d2sd_jax.decoding.placement import put_drafter
+from d2sd_jax.kernels.transposed import as_stored
 from d2sd_jax.models.layers import LayerWeights
 from d2sd_jax.models.target import LlamaTarget
 
@@ -133,15 +135,16 @@ def make_layer(sizes):
   head = sizes["head_dim"]
   key = sizes["num_kv_heads"] * head
   zeros = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+  matrix = lambda *shape: as_stored(zeros(*shape))
   return LayerWeights(
     input_norm=zeros(width),
-    qkv_proj=zeros(width, width + 2 * key),
-    o_proj=zeros(width, width),
+    qkv_proj=matrix(width, width + 2 * key),
+    o_proj=matrix(width, width),
     q_norm=zeros(head),
     k_norm=zeros(head),
     post_norm=zeros(width),
-    gate_up_proj=zeros(width, 2 * mlp),
-    down_proj=zeros(mlp, width),
+    gate_up_proj=matrix(width, 2 * mlp),
+    down_proj=matrix(mlp, width),
   )
 
 
@@ -161,7 +164,9 @@ def make_models(num_layers, sizes):
     **sizes,
   )
   table = jnp.zeros((target.vocab_size, target.hidden_size), jnp.bfloat16)
-  make = lambda: Drafter(drafter, rngs=nnx.Rngs(0), dtype=jnp.bfloat16).fuse()
+  make = lambda: put_drafter(
+    Drafter(drafter, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), None
+  )
   return Models(
     target=LlamaTarget(
       embedding=table,

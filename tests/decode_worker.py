@@ -3,7 +3,7 @@
     python decode_worker.py '[{"target": "3 of 24", "mesh": "tensor:8", ...}]'
 
 prints, as JSON, what each case gave: answers, tokens by cycle, and how many
-arrays do not lie where `placement` says.
+arrays do not lie where `placement` says, or hold other parts if `turned`.
 """
 
 import dataclasses
@@ -25,7 +25,9 @@ from d2sd_jax.decoding.placement import (
 )
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request, Session
+from d2sd_jax.io import hf_tensors
 from d2sd_jax.io.hf_tensors import target_from_tensors
+from d2sd_jax.kernels import transposed
 from d2sd_jax.sharding import DECODING_AXES, make_mesh
 
 # Key heads and query heads of each target.
@@ -72,6 +74,27 @@ def planted(target, answers, mesh):
   ]
 
 
+def store(turned):
+  """Models that are made from now on hold their matrices that way."""
+  for module in (hf_tensors, transposed):
+    module.stores_transposed = lambda: turned
+
+
+def moved(turned, plain):
+  """How many arrays' parts are not the same numbers on the same devices."""
+  is_turned = lambda x: isinstance(x, transposed.Transposed)
+  parts = lambda x: {s.device.id: s.data for s in x.addressable_shards}
+
+  def differs(one, other):
+    own = parts(one.stored if is_turned(one) else one)
+    if is_turned(one):
+      own = {i: x.T for i, x in own.items()}
+    return not jax.tree.all(jax.tree.map(np.array_equal, own, parts(other)))
+
+  differ = jax.tree.map(differs, turned, plain, is_leaf=is_turned)
+  return sum(jax.tree.leaves(differ))
+
+
 def decode(
   target,
   mesh=None,
@@ -79,27 +102,34 @@ def decode(
   split=False,
   int8=False,
   plant=None,
+  turned=False,
   **sampling,
 ):
   """Answers, tokens of each cycle, and how many arrays lie elsewhere."""
   config = TARGETS[target]
   mesh = mesh and make_mesh(mesh, DECODING_AXES)
   tensors = tiny.target_tensors(config, 0)
-  weights = target_from_tensors(config, tensors, jnp.float32, mesh=mesh)
+  load = lambda: target_from_tensors(config, tensors, jnp.float32, mesh=mesh)
+  astray, weights = 0, load()
   if plant:
     whole = target_from_tensors(config, tensors, jnp.float32)
     given = planted(whole, plant, mesh)
   else:
     given = drafters(mesh, split)
+  if turned:
+    plain = weights, given
+    store(True)
+    weights, given = load(), drafters(mesh, split)
+    store(False)
+    astray = moved((weights, given), plain)
   used = tuple(given[: POLICIES[mode].num_drafters])
   models = Models(target=weights, drafters=used, mesh=mesh)
   if int8:
     models = models.with_int8_drafting()
-  astray = 0
   if mesh is not None:
     places = shardings(mesh, model_specs(models))
     pairs = zip(jax.tree.leaves(models), jax.tree.leaves(places), strict=True)
-    astray = sum(not x.sharding.is_equivalent_to(p, x.ndim) for x, p in pairs)
+    astray += sum(not x.sharding.is_equivalent_to(p, x.ndim) for x, p in pairs)
   requests = [
     Request(sequence_id=2 * i, tokens=tuple(p)) for i, p in enumerate(PROMPTS)
   ]

@@ -7,6 +7,7 @@ are in them, and how much memory they take.
 
 import dataclasses
 import re
+from collections import Counter
 
 import chips
 import jax
@@ -131,6 +132,28 @@ def test_plain_steps(chip, mode):
   shape = state.target_cache.keys[0].shape
   for held in (shape, (*shape[:2], shape[3], shape[2])):
     assert list(chips.copies(hlo, f"bf16[{','.join(map(str, held))}]")) == []
+
+
+@pytest.mark.parametrize("sizes", [chips.SMOLLM2_135M, chips.QWEN3_8B])
+def test_one_row_meets_each_matrix_in_one_kernel(sizes):
+  with jax.default_device(chips.device_of("h200")):
+    models, _, *rest = chips.arguments(3, 1, sizes)
+    models = dataclasses.replace(models, drafters=())
+    hlo = chips.compile_program(
+      *(generate, models, chips.make_state(models, 1), *rest),
+      mode="ar",
+      config=chips.TREE,
+    ).as_text()
+  layers = models.target.layers
+  names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+  held = [getattr(layer, name).stored for layer in layers for name in names]
+  for (outputs, inputs), count in Counter(x.shape for x in held).items():
+    shape = rf"bf16\[{outputs},{inputs}\]"
+    kernels = rf"^%\S+ \([^)]*: {shape}[^)]*\) -> (.*) {{$"
+    results = re.findall(kernels, hlo, re.M)
+    assert len(results) == count, shape
+    assert not re.search(shape, " ".join(results))
+    assert f"f32[4,1,{outputs}]" not in hlo  # Parts of sums.
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

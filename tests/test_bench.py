@@ -220,6 +220,7 @@ from d2sd_jax import cli
 from d2sd_jax.bench import __main__ as bench
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.models import random_models, random_state
+from d2sd_jax.kernels import transposed
 from d2sd_jax.kernels.cascade_attention import bench as op
 from d2sd_jax.sharding import DECODING_AXES, make_mesh
 
@@ -237,6 +238,13 @@ for weight in (models.target.layers[0].qkv_proj, models.draft_head.values,
   models.drafters[1].layers[0].down_proj.values):
   part = weight.addressable_shards[0].data.size
   assert 2 * part == weight.size, weight.sharding
+jax.clear_caches()  # What has been traced knows the other order.
+transposed.stores_transposed = lambda: True
+layers = [random_models(config, mesh).target.layers[0], models.target.layers[0]]
+for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+  turned, plain = getattr(layers[0], name).stored, getattr(layers[1], name)
+  part = [x.sharding.shard_shape(x.shape) for x in (turned, plain)]
+  assert turned.shape == plain.shape[::-1] and part[0] == part[1][::-1], name
 """
 _ROWS = (
   "ar/1*,draft_?/1*,verify_7/1*,commit/*,cycle/1*,collectives_7/1*,op/*xla"

@@ -39,7 +39,8 @@ def _decode(cases, devices=8):
 
 def _check(cases):
   """Every case gives, on its mesh, what it gives on one device."""
-  plain = [{**case, "mesh": None, "split": False} for case in cases]
+  alone = {"mesh": None, "split": False, "turned": False}
+  plain = [{**case, **alone} for case in cases]
   distinct = [json.loads(x) for x in sorted({json.dumps(c) for c in plain})]
   found = _decode([*distinct, *cases])
   expected = dict(zip(map(json.dumps, distinct), found, strict=False))
@@ -76,6 +77,16 @@ def test_tokens_do_not_depend_on_the_mesh():
   # Rows of different lengths: some stopped, some did not.
   lengths = {len(tokens) for row in found for tokens in row["tokens"]}
   assert len(lengths) > 2
+
+
+def test_matrices_stored_transposed_are_split_alike():
+  _check(
+    [
+      _case("3 of 24", "data:2,tensor:4", "d2sd", split=True, turned=True),
+      _case("8 of 24", "tensor:2", "d2sd", split=True, turned=True, int8=True),
+      _case("gpt_oss", "tensor:3", "ar", _SAMPLED, turned=True),
+    ]
+  )
 
 
 def test_planted_drafts_are_accepted_on_a_mesh():

@@ -19,6 +19,7 @@ from d2sd_jax.decoding.placement import (
   weight_specs,
 )
 from d2sd_jax.decoding.state import DecodeState, Models, prefill, state_specs
+from d2sd_jax.kernels.transposed import as_stored
 from d2sd_jax.models.drafter import INIT_STD, FusedDrafter
 from d2sd_jax.models.layers import LayerWeights
 from d2sd_jax.models.target import LlamaTarget
@@ -125,6 +126,11 @@ def _array(*shape: int) -> Any:
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _matrix(inputs: int, outputs: int) -> Any:
+  """Stands for a matrix as the device stores it."""
+  return jax.eval_shape(as_stored, _array(inputs, outputs))
+
+
 def _shapes(c: TargetConfig | DrafterConfig, size: int) -> dict[str, Any]:
   """The weights of a target or a drafter that `size` devices share."""
   share = Share(config=c, part=0, size=size)
@@ -133,9 +139,9 @@ def _shapes(c: TargetConfig | DrafterConfig, size: int) -> dict[str, Any]:
   both = {"layers": layers, "norm": _array(width)}
   if isinstance(c, DrafterConfig):
     return both | {
-      "fc": _array(len(c.target_layer_ids) * width, width),
+      "fc": _matrix(len(c.target_layer_ids) * width, width),
       "hidden_norm": _array(width),
-      "context_proj": _array(width, size * 2 * c.num_layers * key),
+      "context_proj": _matrix(width, size * 2 * c.num_layers * key),
     }
   table = _array(size * len(share.vocabulary_rows), width)
   return both | {"embedding": table, "lm_head": None if c.tied_head else table}
@@ -148,13 +154,13 @@ def _layer_shapes(c: TargetConfig | DrafterConfig, size: int) -> LayerWeights:
   inner = size * len(share.inner_rows)
   return LayerWeights(
     input_norm=_array(width),
-    qkv_proj=_array(width, query + 2 * key),
-    o_proj=_array(query, width),
+    qkv_proj=_matrix(width, query + 2 * key),
+    o_proj=_matrix(query, width),
     q_norm=_array(head) if c.qk_norm else None,
     k_norm=_array(head) if c.qk_norm else None,
     post_norm=_array(width),
-    gate_up_proj=_array(width, 2 * inner),
-    down_proj=_array(inner, width),
+    gate_up_proj=_matrix(width, 2 * inner),
+    down_proj=_matrix(inner, width),
   )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 WHOLE, ROWS = PartitionSpec(), PartitionSpec(DATA)
 # The dimension of each weight that devices share; other weights are whole.
+# Of matrices that of `[in, out]`, whichever way they are stored.
 _SPLIT = {
   "embedding": 0,
   "lm_head": 0,
@@ -80,6 +81,8 @@ def weight_specs(model: _T) -> _T:
       return WHOLE
     if names[-1] == "scales":  # Of int8: one per column.
       return PartitionSpec(axis) if split == 1 else WHOLE
+    if "stored" in names:  # Transposed.
+      split = 1 - split
     return PartitionSpec(*[None] * split, axis)
 
   return jax.tree_util.tree_map_with_path(spec, model)
@@ -127,14 +130,14 @@ def to_host(values: _T) -> _T:
 
 
 def put_drafter(
-  drafter: Drafter | FusedDrafter, mesh: Mesh, *, split: bool = False
+  drafter: Drafter | FusedDrafter, mesh: Mesh | None, *, split: bool = False
 ) -> FusedDrafter:
-  """A drafter on a mesh.
+  """A drafter as its devices store it.
 
   Args:
-    drafter: on one device, not in int8 (`Models.with_int8_drafting` comes
-      after).
-    mesh: the devices.
+    drafter: as it is loaded or trained; int8 (`Models.with_int8_drafting`)
+      comes after.
+    mesh: the devices; `None` is the default one.
     split: whether devices share it, or each has all of it. Sharing reads fewer
       bytes and exchanges two sums a layer, as in a target.
 
@@ -143,10 +146,11 @@ def put_drafter(
   """
   if isinstance(drafter, Drafter):
     drafter = drafter.fuse()
-  if split:
+  if split and mesh is not None:
     check_split(drafter.config, mesh.shape[TENSOR])
     drafter = _regrouped(drafter, mesh.shape[TENSOR])
-  return put(mesh, drafter, weight_specs(drafter))
+  drafter = drafter.as_stored()
+  return drafter if mesh is None else put(mesh, drafter, weight_specs(drafter))
 
 
 def _regrouped(drafter: FusedDrafter, size: int) -> FusedDrafter:

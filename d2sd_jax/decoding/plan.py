@@ -94,9 +94,7 @@ class Plan:
 
   def _load_drafter(self, folder: Path) -> FusedDrafter:
     dtype = self.config.dtype or "float32"
-    drafter = load_drafter_folder(folder, self.target, dtype).fuse()
-    if self.mesh is None:
-      return drafter
+    drafter = load_drafter_folder(folder, self.target, dtype)
     return put_drafter(drafter, self.mesh, split=self.config.shard_drafters)
 
   def load_target(self) -> LlamaTarget:

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from d2sd_jax.config import DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io import mxfp4
+from d2sd_jax.kernels.device import stores_transposed
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts
 from d2sd_jax.models.layers import LayerWeights
 from d2sd_jax.models.target import LlamaTarget
@@ -237,6 +239,12 @@ class _Reader:
     axis = None if cut is None else cut[1] ^ transposed
     return self._assembled(arrays, axis)
 
+  def matrix(self, *sources: tuple[str, _Cut]) -> jax.Array | Transposed:
+    """One matrix `[in, out]` of `weight`, in the order that suits devices."""
+    if stores_transposed():
+      return Transposed(stored=self.weight(*sources))
+    return self.weight(*sources, transposed=True)
+
   def _held(self, name: str, cut: _Cut) -> list[jax.Array]:
     """A tensor's shares on all devices, as they are stored."""
     return [
@@ -331,11 +339,8 @@ class _Reader:
       ]
       if sources[0][0] not in names:
         return None
-      transposed = len(names[sources[0][0]]) == 2
-      return self.weight(
-        *((_in_layer(i, name), cut) for name, cut in sources),
-        transposed=transposed,
-      )
+      read = self.matrix if len(names[sources[0][0]]) == 2 else self.weight
+      return read(*((_in_layer(i, name), cut) for name, cut in sources))
 
     heads = [("q_proj", _QUERIES), ("k_proj", _KEYS), ("v_proj", _KEYS)]
     norms = ("input_norm", "q_norm", "k_norm", "post_norm")
@@ -360,7 +365,7 @@ class _Reader:
     bias = f"{stem}.gate_up_proj_bias"
     gate_bias, up_bias = _halves(self._on_one_device(bias).astype(self._dtype))
     return Experts(
-      router=self.weight((f"{router}.weight", None), transposed=True),
+      router=self.matrix((f"{router}.weight", None)),
       router_bias=self.weight((f"{router}.bias", None)),
       gate_proj=self._inner_share(gate, 2),
       gate_bias=self._inner_share(gate_bias, 1),

@@ -1,4 +1,4 @@
-"""Which device a program is traced for, and whether TPU kernels run there."""
+"""Which device a program is traced for, and what suits it."""
 
 import contextlib
 import contextvars
@@ -28,6 +28,16 @@ def target_device() -> jax.Device:
 def runs_tpu_kernels() -> bool:
   """Whether a Pallas TPU kernel can run where this is traced."""
   return _interpreted.get() or target_device().platform == "tpu"
+
+
+def stores_transposed() -> bool:
+  """Whether matrices are better stored `[out, in]` where this is traced.
+
+  A GPU then multiplies one row in one kernel, which sums along the matrix's
+  rows; stored `[in, out]`, XLA writes all products out before it sums them.
+  With many rows both take the same. A CPU is slower with the former.
+  """
+  return target_device().platform in ("cuda", "gpu", "rocm")
 
 
 def in_hbm(x: Array) -> Array:

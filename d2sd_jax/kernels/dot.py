@@ -1,13 +1,13 @@
 """Contractions with the precision this project means."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array
 
 
@@ -17,23 +17,28 @@ def matmul(
   """`einsum` of two operands in the precision that their dtype promises.
 
   "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
-  bfloat16 on TPU. Products of 16-bit arrays come out the same with either.
+  bfloat16 on TPU. Products of 16-bit arrays come out the same with either; on a
+  GPU "highest" leaves many rows to cuBLAS and makes one row a sum, of one
+  kernel where the matrix is `Transposed`.
 
   Args:
     spec: an einsum specification of two operands.
     a: left operand.
-    b: right operand: an array, or a `QuantizedMatrix`.
+    b: right operand: an array, a `QuantizedMatrix` or `Transposed`.
     preferred_element_type: of the result; `None` is the operands'.
   """
+  if isinstance(b, Transposed):
+    left, right = spec.split(",")
+    spec = f"{left},{right[1::-1]}{right[2:]}"
+    dtype = preferred_element_type or a.dtype
+    # XLA's sum for one row would round its terms to the result's dtype.
+    wide = jnp.float32 if a.size == a.shape[-1] else dtype
+    return matmul(spec, a, b.stored, wide).astype(dtype)
   if isinstance(b, QuantizedMatrix):
     return _quantized_product(spec, a, b, preferred_element_type or a.dtype)
-  # On a GPU "highest" leaves 16-bit products to cuBLAS, which is faster with
-  # many rows. One row is a GEMM only without it: XLA would multiply the whole
-  # matrix, write that out and sum it.
-  free = _are_16_bit(a, b) and _rows(spec, a, b) == 1
   return jnp.einsum(
     *(spec, a, b),
-    precision=None if free else "highest",
+    precision="highest",
     preferred_element_type=preferred_element_type,
   )
 
@@ -60,14 +65,6 @@ def _quantized_product(
 
 def _are_16_bit(*arrays: Array) -> bool:
   return all(x.dtype.itemsize == 2 for x in arrays)
-
-
-def _rows(spec: str, a: Array, b: Array) -> int:
-  """Products that each element of the right operand is part of, at least."""
-  operands, output = spec.split("->")
-  left, right = operands.split(",")
-  summed = {*left} & {*right} - {*output}
-  return a.size // math.prod(b.shape[right.index(name)] for name in summed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,10 +1,12 @@
 """Matrices in int8 with a scale per output channel, for drafting only."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float, Int
 
 _LARGEST = 127
@@ -25,17 +27,20 @@ class QuantizedMatrix:
   scales: Float[Array, " channels"]
 
 
-def quantize(
-  matrix: Float[Array, "rows columns"], *, summed: int
-) -> QuantizedMatrix:
+def quantize(matrix: Any, *, summed: int) -> Any:
   """Rounds each channel to 255 steps that reach its largest magnitude.
 
   `|w - value * scale| <= scale / 2` for every weight w, up to float32.
 
   Args:
-    matrix: weights of any real dtype.
+    matrix: weights of any real dtype, or `Transposed`, which stays so.
     summed: the axis that products sum over: 0 for `[in, out]`.
+
+  Returns:
+    A `QuantizedMatrix`.
   """
+  if isinstance(matrix, Transposed):
+    return Transposed(stored=quantize(matrix.stored, summed=1 - summed))
   wide = jnp.asarray(matrix).astype(jnp.float32)
   scales = jnp.abs(wide).max(axis=summed, keepdims=True) / _LARGEST
   # A channel of zeros has no scale; any will do.

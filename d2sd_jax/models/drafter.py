@@ -9,6 +9,8 @@ projection. `FusedDrafter` computes, on matrices laid side by side.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from flax import nnx
 from d2sd_jax.config import DrafterConfig
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import quantize
+from d2sd_jax.kernels.transposed import Transposed, as_stored
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
   LayerWeights,
@@ -38,6 +41,8 @@ INIT_STD = 0.02
 class FusedDrafter:
   """A drafter as the decode loop runs it; see `Drafter.fuse`.
 
+  Matrices are `[in, out]`, or `Transposed`.
+
   Attributes:
     fc: projects a token's tap features.
     context_proj: keys and values of a context token for all layers, the
@@ -46,9 +51,9 @@ class FusedDrafter:
     axis: of a mesh, over whose devices the weights are split; as of a target.
   """
 
-  fc: Float[Array, "F D"]
+  fc: Float[Array, "F D"] | Transposed
   hidden_norm: Float[Array, " D"]
-  context_proj: Float[Array, "D all"]
+  context_proj: Float[Array, "D all"] | Transposed
   layers: tuple[LayerWeights, ...]
   norm: Float[Array, " D"]
   config: DrafterConfig = dataclasses.field(metadata={"static": True})
@@ -141,11 +146,21 @@ class FusedDrafter:
       )
     return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
+  def as_stored(self) -> "FusedDrafter":
+    """The drafter with all matrices in the order that suits the device."""
+    return self._with_matrices(as_stored)
+
   def quantize(self) -> "FusedDrafter":
     """The drafter with all matrices in int8; its norms are shared."""
-    # Each sums over its rows. Norms are vectors; there are no biases.
+    return self._with_matrices(functools.partial(quantize, summed=0))
+
+  def _with_matrices(self, change: Callable[[Any], Any]) -> "FusedDrafter":
+    """The drafter with each matrix changed; all else are vectors."""
+    turned = lambda x: isinstance(x, Transposed)
     return jax.tree.map(
-      lambda x: quantize(x, summed=0) if x.ndim == 2 else x, self
+      lambda x: change(x) if turned(x) or x.ndim == 2 else x,
+      self,
+      is_leaf=turned,
     )
 
 

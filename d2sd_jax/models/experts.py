@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from d2sd_jax.kernels.dot import dot_float32, matmul
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.tensor_parallel import sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
@@ -27,7 +28,7 @@ class Experts:
     limit: clamps the gate from above and the up projection on both sides.
   """
 
-  router: Float[Array, "D E"]
+  router: Float[Array, "D E"] | Transposed
   router_bias: Float[Array, " E"]
   gate_proj: Float[Array, "E D M"]
   gate_bias: Float[Array, "E M"]

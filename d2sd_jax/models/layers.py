@@ -10,6 +10,7 @@ from einops import rearrange
 from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
 from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, rotate
 from d2sd_jax.tensor_parallel import sum_parts
@@ -32,7 +33,7 @@ class BlockConfig(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-  """One layer; matrices are `[in, out]`, and `None` is not there.
+  """One layer; matrices are `[in, out]` or `Transposed`, `None` is not there.
 
   What is multiplied with the same input lies in one matrix, for a product of
   a few rows costs as much as the read of its weights and a launch.
@@ -45,13 +46,13 @@ class LayerWeights:
   """
 
   input_norm: Float[Array, " D"]
-  qkv_proj: Float[Array, "D heads"]
-  o_proj: Float[Array, "NH D"]
+  qkv_proj: Float[Array, "D heads"] | Transposed
+  o_proj: Float[Array, "NH D"] | Transposed
   q_norm: Float[Array, " H"] | None
   k_norm: Float[Array, " H"] | None
   post_norm: Float[Array, " D"]
-  gate_up_proj: Float[Array, "D both"] | None
-  down_proj: Float[Array, "M D"] | None
+  gate_up_proj: Float[Array, "D both"] | Transposed | None
+  down_proj: Float[Array, "M D"] | Transposed | None
   qkv_bias: Float[Array, " heads"] | None = None
   o_bias: Float[Array, " D"] | None = None
   sinks: Float[Array, " N"] | None = None
