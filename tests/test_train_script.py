@@ -141,6 +141,29 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
   assert _export(tmp_path / "stopped") == _export(tmp_path / "straight")
 
 
+def test_a_first_drafter_may_move_but_not_change(run, tmp_path):
+  assert run("first", role="dflash", num_steps=2)[0] == 0
+  first = tmp_path / "first" / "export"
+  assert run("second", num_steps=4, first_drafter=first)[0] == 0
+  plain = run("plain", num_steps=4)
+  assert plain[0] == 0
+  assert _metrics(tmp_path / "second") != _metrics(tmp_path / "plain")
+
+  moved = first.rename(tmp_path / "moved")
+  status, error = run("second", num_steps=4, first_drafter=moved)
+  assert (status, "step 4 of 4" in error) == (0, True)
+  assert run("other", role="dflash", num_steps=3)[0] == 0
+  other = tmp_path / "other" / "export"
+  status, error = run("second", num_steps=4, first_drafter=other)
+  assert (status, error.count("\n")) == (2, 1)
+  assert "first_drafter_sha256" in error
+  # A second drafter is no first one.
+  second = tmp_path / "second" / "export"
+  status, error = run("third", first_drafter=second)
+  assert (status, error.count("\n")) == (2, 1)
+  assert "first_drafter role='vp_drafter': expected dflash" in error
+
+
 @pytest.mark.parametrize(
   ("overrides", "told"),
   [

@@ -57,14 +57,10 @@ def _quantized_product(
   values = values.astype(x.dtype)
   wide = jnp.einsum(
     *(spec, x, values),
-    precision=None if _are_16_bit(x, values) else "highest",
+    precision=None if x.dtype.itemsize == 2 else "highest",
     preferred_element_type=jnp.float32,
   )
   return (wide * matrix.scales).astype(dtype)
-
-
-def _are_16_bit(*arrays: Array) -> bool:
-  return all(x.dtype.itemsize == 2 for x in arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -11,15 +11,22 @@ import orbax.checkpoint as ocp
 from d2sd_jax.config import TrainConfig
 from d2sd_jax.distributed import is_main
 from d2sd_jax.errors import UsageError, require
-from d2sd_jax.io.paths import atomic_write, check_writable, user_path
+from d2sd_jax.io.drafter_format import WEIGHTS_FILE
+from d2sd_jax.io.paths import (
+  atomic_write,
+  check_writable,
+  find_checkpoint,
+  user_path,
+)
 from d2sd_jax.training.step import TrainState
 
 # Files whose contents, not whose names, a continuation must share.
 DATA_FIELDS = ("corpus", "heldout")
-# Fields that may change between a run and its continuation.
+# Fields that may change between a run and its continuation; of data and of a
+# first drafter the name alone.
 FREE_FIELDS = (
   *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
-  *("mesh", "shard_target"),
+  *("mesh", "shard_target", "first_drafter"),
   *DATA_FIELDS,
 )
 
@@ -105,8 +112,11 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
 
 
 def plain_config(config: TrainConfig) -> dict:
-  """The config as JSON gives it back, and the sha256 of the data."""
+  """The config as JSON gives it back, and the sha256 of what a run reads."""
   digests = {f"{k}_sha256": _sha256(getattr(config, k)) for k in DATA_FIELDS}
+  if (first := config.first_drafter) is not None:
+    weights = find_checkpoint(first, "first_drafter") / WEIGHTS_FILE
+    digests["first_drafter_sha256"] = _sha256(str(weights))
   return json.loads(json.dumps(dataclasses.asdict(config))) | digests
 
 
