@@ -6,7 +6,7 @@ On the corpus of `corpus_smollm2.py`, each arm 1,500 steps on the same batches:
     python -m d2sd_jax.training.ablation --config=configs/ablation_smollm2.py \
         --arms='layers_*' --minutes=9
 
-It is meant for a data-centre GPU: at the 48 ms a step of an H200, 72 s of
+It is meant for a data-centre GPU: at the 45 ms a step of an H200, 68 s of
 training an arm, besides compiling and decoding. `--list` prints the arms.
 """
 

@@ -1,9 +1,13 @@
-"""The ladder of the shipped drafters on SmolLM2-135M-Instruct.
+r"""The ladder of the shipped drafters on SmolLM2-135M-Instruct.
 
 Every policy on seven tasks, T=0 and T=1, 256 new tokens:
 
-    python -m d2sd_jax.eval.ladder --config=configs/ladder_smollm2.py
-    python -m d2sd_jax.eval.pictures results/ladder_smollm2.json
+    python -m d2sd_jax.eval.ladder --config=configs/ladder_smollm2.py \
+        --out=runs/ladder.json
+    python -m d2sd_jax.eval.pictures runs/ladder.json
+
+`results/ladder_smollm2.json`, the default, is of one H200, and takes no rows of
+another device or of other versions.
 
 This measures in bfloat16 on a GPU. `--dtype=float32` adds the rows that show
 that greedy output is identical, and `--sets=gsm8k --policies=d2sd

@@ -361,8 +361,9 @@ class TrainConfig:
     prefix_decay: β of Eq. 6. min_prefix_length: 0 as in the paper's Eq. 6,
       1 as in its released code.
     first_drafter: for drafter 2: the folder of a drafter 1. In `failing_share`
-      of the blocks the visible prefix then ends where drafter 1's draft first
-      goes wrong, not where Eq. 6 says.
+      of the blocks in which drafter 1's draft goes wrong, the visible prefix
+      then ends before the first wrong token, at l = 0 too, and not where Eq. 6
+      says.
     loss_normalizer: `batch`, one ratio over the global batch, or `example`,
       the mean of one ratio per sequence.
     mesh: devices by axis, such as `data:4,fsdp:2`; `None` is one device. The

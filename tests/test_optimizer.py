@@ -8,10 +8,10 @@ import optax
 from d2sd_jax.config import TrainConfig
 from d2sd_jax.training.optimizer import in_stacks, make_optimizer
 
-# Tall, wide and square matrices, some of one shape, and vectors of one length.
+# Tall, wide and square matrices, some of one shape, and vectors.
 _SHAPES = {
   "tall": [(7, 3), (7, 3), (7, 3)],
-  "norms": [(5,), (5,)],
+  "norms": [(5,), (4,), (5,)],
   "wide": [(3, 7)],
   "square": [(5, 5), (5, 5)],
 }
@@ -61,11 +61,14 @@ def test_muon_in_stacks_is_muon():
 
 
 def test_leaves_come_back_in_their_places():
-  # Each stack's members move by their own number, and by nothing else's.
-  tree = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3,)), "c": jnp.ones((2, 3))}
-  number = lambda stack: jnp.arange(len(stack)).reshape(
-    -1, *[1] * (stack.ndim - 1)
-  )
+  tree = {
+    "a": jnp.zeros((2, 3)),
+    "b": jnp.zeros((3,)),
+    "c": jnp.ones((2, 3)),
+    "d": jnp.ones((2,)),
+  }
+  # Members of a stack move by their number, and so do elements of vectors.
+  number = lambda x: jnp.arange(len(x)).reshape(-1, *[1] * (x.ndim - 1))
   inner = optax.stateless(
     lambda updates, params: jax.tree.map(
       lambda u, p: u + 10 * number(u) + p, updates, params
@@ -74,7 +77,8 @@ def test_leaves_come_back_in_their_places():
   found, _ = in_stacks(inner).update(tree, in_stacks(inner).init(tree), tree)
   wanted = {
     "a": jnp.full((2, 3), 0.0),
-    "b": jnp.full((3,), 0.0),
+    "b": jnp.array([0.0, 10.0, 20.0]),
     "c": jnp.full((2, 3), 12.0),
+    "d": jnp.array([32.0, 42.0]),
   }
   chex.assert_trees_all_equal(found, wanted)

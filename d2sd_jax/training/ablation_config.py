@@ -198,7 +198,7 @@ def check_arms(arms: Mapping[str, Arm], base: TrainConfig) -> None:
   """
   target = read_target_config(base.target)
   with _naming("base"):
-    check_config(dataclasses.replace(base, init_from=None))
+    check_config(dataclasses.replace(base, init_from=None, first_drafter=None))
   for arm in (arm for arm in arms.values() if arm.is_trained):
     with _naming(f"arms.{arm.name}"):
       # Drafters of other arms are not there yet; their shapes are known.

@@ -103,6 +103,8 @@ def check_workdir(workdir: Path, config: TrainConfig) -> None:
   except (ValueError, TypeError) as error:
     raise UsageError(f"{path}: expected the config of a run") from error
   mine = plain_config(config)
+  # A run from before a field was there has its default.
+  theirs = {f.name: f.default for f in dataclasses.fields(config)} | theirs
   for key in sorted(mine.keys() | theirs.keys()):
     if key not in FREE_FIELDS and mine.get(key) != theirs.get(key):
       raise UsageError(

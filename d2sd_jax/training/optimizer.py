@@ -1,5 +1,7 @@
 """Optimizers of a distillation run, and their learning rate."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,6 +10,8 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 
 from d2sd_jax.config import TrainConfig
+
+_VECTORS = "vectors"
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -41,14 +45,15 @@ def learning_rate_schedule(config: TrainConfig) -> optax.Schedule:
 def in_stacks(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """`inner` on a stack of all leaves of one shape, in the place of each.
+  """`inner` on a stack of all matrices of one shape, in the place of each.
 
-  A drafter has 36 matrices of four shapes. Muon multiplies each by itself 15
+  A drafter has 36 matrices of five shapes. Muon multiplies each by itself 15
   times, far too small a product to keep a GPU busy; a stack is one product.
 
   Args:
-    inner: takes a dict of stacks, `[number of leaves, *shape]` by shape, and
-      treats the members of a stack alike but apart.
+    inner: takes a dict of stacks, `[number of matrices, *shape]` by shape,
+      whose members it treats alike but apart, and of all vectors end to end,
+      whose elements it does.
   """
 
   def init(params: Any) -> Any:
@@ -57,22 +62,32 @@ def in_stacks(
   def update(updates: Any, state: Any, params: Any = None) -> Any:
     stacks = None if params is None else _stack(params)
     new, state = inner.update(_stack(updates), state, stacks)
-    rows = {name: iter(stack) for name, stack in new.items()}
-    return jax.tree.map(lambda x: next(rows[_name(x)]), updates), state
+    parts = {name: _parts(name, x, updates) for name, x in new.items()}
+    return jax.tree.map(lambda x: next(parts[_name(x)]), updates), state
 
   return optax.GradientTransformation(init, update)
 
 
 def _stack(tree: Any) -> dict[str, jax.Array]:
-  """Leaves of one shape together, in the tree's order."""
+  """Leaves of one kind together, in the tree's order."""
   groups: dict[str, list[jax.Array]] = {}
   for leaf in jax.tree.leaves(tree):
     groups.setdefault(_name(leaf), []).append(leaf)
-  return {name: jnp.stack(group) for name, group in groups.items()}
+  # Vectors end to end are one, which a mesh leaves whole, as it does each.
+  join = lambda name: jnp.concatenate if name == _VECTORS else jnp.stack
+  return {name: join(name)(group) for name, group in groups.items()}
+
+
+def _parts(name: str, joined: jax.Array, tree: Any) -> Iterator[jax.Array]:
+  """The leaves that `_stack` has put together."""
+  if name != _VECTORS:
+    return iter(joined)
+  sizes = [x.size for x in jax.tree.leaves(tree) if _name(x) == _VECTORS]
+  return iter(jnp.split(joined, list(itertools.accumulate(sizes))[:-1]))
 
 
 def _name(leaf: jax.Array) -> str:
-  return "x".join(map(str, leaf.shape))
+  return "x".join(map(str, leaf.shape)) if leaf.ndim > 1 else _VECTORS
 
 
 def _matrices(stacks: dict[str, Any]) -> dict[str, Any]:
@@ -81,4 +96,4 @@ def _matrices(stacks: dict[str, Any]) -> dict[str, Any]:
   Told by the names, since optax puts marks in the place of what it masks.
   """
   each = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-  return {name: each if name.count("x") == 1 else None for name in stacks}
+  return {name: None if name == _VECTORS else each for name in stacks}
