@@ -33,7 +33,6 @@ import jax
 from rich.console import Console
 
 from d2sd_jax import cli, distributed
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.io.models import load_target, load_tokenizer
@@ -64,6 +63,7 @@ from d2sd_jax.training.run import (
   trained_drafter,
 )
 from d2sd_jax.training.step import init_train_state, train_step
+from d2sd_jax.training.train_config import TrainConfig
 
 
 def check(config: TrainConfig, workdir: Path) -> None:

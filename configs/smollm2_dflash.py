@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """One run of `train.py`; see `d2sd_jax.config.TrainConfig`."""
+  """One run of `train.py`; see `d2sd_jax.training.train_config.TrainConfig`."""
   return ConfigDict(
     {
       "target": "smollm2-135m",

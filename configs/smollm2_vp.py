@@ -19,7 +19,7 @@ _DFLASH = Path(__file__).with_name("smollm2_dflash.py")
 
 
 def get_config() -> ConfigDict:
-  """One run of `train.py`; see `d2sd_jax.config.TrainConfig`."""
+  """One run of `train.py`; see `d2sd_jax.training.train_config.TrainConfig`."""
   config = runpy.run_path(str(_DFLASH))["get_config"]()
   config.update(
     {

@@ -10,11 +10,11 @@ import tiny
 from flax import nnx
 
 from d2sd_jax import Drafter
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.sharding import make_mesh, shard_batch, shard_weights
 from d2sd_jax.training import losses
 from d2sd_jax.training.blocks import Conversations
 from d2sd_jax.training.step import eval_step, init_train_state, train_step
+from d2sd_jax.training.train_config import TrainConfig
 
 _CALL = re.compile(
   r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|"

@@ -21,10 +21,10 @@ import tiny
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from d2sd_jax import cli, distributed
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.sharding import make_mesh, parse_mesh, weight_sharding
 from d2sd_jax.training.data import make_dataset, read_conversations
+from d2sd_jax.training.train_config import TrainConfig
 
 _HERE = Path(__file__).parent
 _CONFIG = """\

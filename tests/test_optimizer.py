@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.training.optimizer import in_stacks, make_optimizer
+from d2sd_jax.training.train_config import TrainConfig
 
 # Tall, wide and square matrices, some of one shape, and vectors.
 _SHAPES = {

@@ -10,7 +10,6 @@ import tiny
 from flax import nnx
 
 from d2sd_jax import Drafter
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.training.checkpoint import Checkpointer
 from d2sd_jax.training.data import (
@@ -20,6 +19,7 @@ from d2sd_jax.training.data import (
 )
 from d2sd_jax.training.flops import step_flops
 from d2sd_jax.training.step import eval_step, init_train_state, train_step
+from d2sd_jax.training.train_config import TrainConfig
 
 _CONFIG = TrainConfig(
   corpus="corpus.jsonl",

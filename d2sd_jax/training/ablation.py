@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from d2sd_jax import cli
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.errors import require
 from d2sd_jax.eval.results_file import Row
 from d2sd_jax.io.drafter_format import WEIGHTS_FILE
@@ -37,6 +36,7 @@ from d2sd_jax.training.ablation_results import (
   resume,
   write_results,
 )
+from d2sd_jax.training.train_config import TrainConfig
 
 EXAMPLES = f"""\
   python -m {PROGRAM} --config=configs/ablation_smollm2.py

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from d2sd_jax import cli
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.decoding.report import versions
 from d2sd_jax.decoding.session import Request, Session
 from d2sd_jax.decoding.state import Models
@@ -41,6 +40,7 @@ from d2sd_jax.training.run import (
   trained_drafter,
 )
 from d2sd_jax.training.step import init_train_state, train_step
+from d2sd_jax.training.train_config import TrainConfig
 
 # The final loss is the mean over this many last steps: one batch is noisy.
 _LAST_STEPS = 20

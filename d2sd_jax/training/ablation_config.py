@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from d2sd_jax import cli
-from d2sd_jax.config import TrainConfig, TreeConfig, from_mapping
+from d2sd_jax.config import TreeConfig, from_mapping
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.drafter_format import read_drafter_config
 from d2sd_jax.io.models import read_target_config
@@ -18,6 +18,7 @@ from d2sd_jax.training.run import (
   check_same_shape,
   drafter_config,
 )
+from d2sd_jax.training.train_config import TrainConfig
 
 # What stands before an arm's name where its drafter is meant, not a folder.
 ARM = "arm:"

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.eval.results_file import (
   Row,
   alpha_cell,
@@ -22,6 +21,7 @@ from d2sd_jax.io.models import file_sha256, target_sha256
 from d2sd_jax.io.paths import find_checkpoint
 from d2sd_jax.training.ablation_config import ARM, AblationConfig, Arm
 from d2sd_jax.training.checkpoint import DATA_FIELDS, plain_config
+from d2sd_jax.training.train_config import TrainConfig
 
 PROGRAM = "d2sd_jax.training.ablation"
 ROW_KEYS = (

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from d2sd_jax.config import TrainConfig
 from d2sd_jax.distributed import is_main
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.drafter_format import WEIGHTS_FILE
@@ -19,6 +18,7 @@ from d2sd_jax.io.paths import (
   user_path,
 )
 from d2sd_jax.training.step import TrainState
+from d2sd_jax.training.train_config import TrainConfig
 
 # Files whose contents, not whose names, a continuation must share.
 DATA_FIELDS = ("corpus", "heldout")

@@ -1,6 +1,7 @@
 """How much arithmetic a training step is, counted on paper."""
 
-from d2sd_jax.config import DrafterConfig, TargetConfig, TrainConfig
+from d2sd_jax.config import DrafterConfig, TargetConfig
+from d2sd_jax.training.train_config import TrainConfig
 
 
 def step_flops(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from d2sd_jax.config import TrainConfig
+from d2sd_jax.training.train_config import TrainConfig
 
 _VECTORS = "vectors"
 

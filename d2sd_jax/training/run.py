@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from d2sd_jax.config import (
   DrafterConfig,
   TargetConfig,
-  TrainConfig,
   default_target_layer_ids,
 )
 from d2sd_jax.errors import require
@@ -26,6 +25,7 @@ from d2sd_jax.models.target import Target
 from d2sd_jax.sharding import batch_shards, gather, replicate, shard_batch
 from d2sd_jax.training.data import Records, eval_batches, read_conversations
 from d2sd_jax.training.step import eval_step
+from d2sd_jax.training.train_config import TrainConfig
 
 # Least rows evaluated by one call; each row is all anchors of one sequence.
 EVAL_BATCH = 16

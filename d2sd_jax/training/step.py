@@ -11,7 +11,7 @@ from einops import rearrange
 from flax import nnx
 from jax.sharding import Mesh
 
-from d2sd_jax.config import DrafterConfig, TrainConfig
+from d2sd_jax.config import DrafterConfig
 from d2sd_jax.models.drafter import Drafter, FusedDrafter
 from d2sd_jax.models.target import Target
 from d2sd_jax.sharding import batch_shards, constrain_weights, gather
@@ -33,6 +33,7 @@ from d2sd_jax.training.losses import (
   token_losses,
 )
 from d2sd_jax.training.optimizer import make_optimizer
+from d2sd_jax.training.train_config import TrainConfig
 from d2sd_jax.typing import Array, Float, Int
 
 
