@@ -13,6 +13,7 @@ from d2sd_jax import UsageError, cascade_attention
 from d2sd_jax.kernels.cascade_attention import (
   CAUSAL,
   IMPLEMENTATIONS,
+  Heads,
   mosaic_gpu,
 )
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
@@ -105,6 +106,40 @@ def test_sizes_and_plans(interpreted, sizes, plan):
   _check(interpreted(arrays, options, _plan(**plan)), arrays, options)
 
 
+def _side_by_side(arrays):
+  """Queries and keys in one array, values behind others in another."""
+  query, *prefix, keys, values = arrays
+  rotated = jnp.concatenate([query, keys], axis=3)
+  raw = jnp.concatenate([rotated * jnp.nan, values], axis=3)
+  heads, kv_heads = query.shape[3], keys.shape[3]
+  return [
+    Heads(array=rotated, first=0, count=heads),
+    *prefix,
+    Heads(array=rotated, first=heads, count=kv_heads),
+    Heads(array=raw, first=heads + kv_heads, count=kv_heads),
+  ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("sizes", [{"nodes": 1}, {"nodes": 11, "kv_heads": 2}])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_heads_are_read_where_they_lie(interpreted, sizes, splits):
+  arrays, options = _inputs(batch=2, **sizes)
+  together = _side_by_side(arrays)
+  got = interpreted(together, options, _plan(splits=splits, blocks=2))
+  _check(got, arrays, options)
+
+
+def test_heads_are_taken_out_for_whoever_cannot():
+  arrays, options = _inputs(batch=2, kv_heads=2)
+  got = cascade_attention(
+    *_side_by_side(arrays),
+    prefix_end=jnp.asarray(options["prefix_end"]),
+    local_mask=jnp.asarray(options["local_mask"]),
+  )
+  _check(got, arrays, options)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
   ("plan", "sinks"),
@@ -125,7 +160,9 @@ def test_groups_windows_and_sinks(interpreted, plan, sinks):
 
 
 @needs_kernels
-@pytest.mark.parametrize("plan", [{}, {"warpgroups": 2, "splits": 2}])
+@pytest.mark.parametrize(
+  "plan", [{"blocks": 2}, {"warpgroups": 2, "splits": 2}]
+)
 def test_what_lies_past_the_length_may_be_anything(interpreted, plan):
   arrays, options = _inputs(size=200, batch=2, nodes=20)
   options["prefix_end"] = np.array([70, 0], np.int32)

@@ -1,13 +1,18 @@
 """The transformer block that targets and drafters share."""
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from d2sd_jax.kernels.cascade_attention import LocalMask, cascade_attention
+from d2sd_jax.kernels.add_norm import add_norm, rms_norm
+from d2sd_jax.kernels.cascade_attention import (
+  Heads,
+  LocalMask,
+  cascade_attention,
+)
 from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.transposed import Transposed
@@ -59,13 +64,24 @@ class LayerWeights:
   experts: Experts | None = None
 
 
-def rms_norm(
-  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
-) -> Float[Array, "... D"]:
-  """RMSNorm in float32, returned in `x`'s dtype."""
-  wide = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-  return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+class Stream(NamedTuple):
+  """Hidden states, and what the last sublayer adds to them.
+
+  Not added yet, for the sum goes well with the norm that follows it.
+  """
+
+  states: Float[Array, "... D"]
+  update: Float[Array, "... D"] | None = None
+
+  def whole(self) -> Float[Array, "... D"]:
+    """The hidden states with the update."""
+    return self.states if self.update is None else self.states + self.update
+
+  def normed(
+    self, weight: Float[Array, " D"], eps: float
+  ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+    """The whole hidden states and their RMSNorm."""
+    return add_norm(*self, weight, eps)
 
 
 def norm_and_rotate(
@@ -93,7 +109,7 @@ def split_heads(
 
 def transformer_block(
   weights: LayerWeights,
-  x: Float[Array, "B G R D"],
+  stream: Stream,
   positions: Int[Array, "B G R"],
   prefix: tuple[Float[Array, "B J S H"], Float[Array, "B J S H"]],
   prefix_end: Int[Array, "B"] | Int[Array, "B G"],
@@ -103,14 +119,14 @@ def transformer_block(
   prefix_start: Int[Array, "B G R"] | None = None,
   axis: str | None = None,
 ) -> tuple[
-  Float[Array, "B G R D"],
+  Stream,
   tuple[Float[Array, "B G R J H"], Float[Array, "B G R J H"]],
 ]:
   """Pre-norm attention over prefix and tree, then SwiGLU or experts.
 
   Args:
     weights: one layer.
-    x: hidden states of G groups of R nodes.
+    stream: hidden states [B, G, R, D] of G groups of R nodes.
     positions: absolute positions, for RoPE.
     prefix: keys and values of this layer's cache.
     prefix_end: see `cascade_attention`.
@@ -124,7 +140,7 @@ def transformer_block(
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
-  h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
+  x, h = stream.normed(weights.input_norm, config.rms_norm_eps)
   query, keys, values = _attention_inputs(
     weights, h, positions, prefix[0].shape[1], config
   )
@@ -141,9 +157,10 @@ def transformer_block(
   )
   attended = rearrange(attended, "... n h -> ... (n h)")
   attended = sum_parts(matmul("...d,do->...o", attended, weights.o_proj), axis)
-  x = x + _add_bias(attended, weights.o_bias)
-  h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
-  return x + _feed_forward(weights, h, axis), (keys, values)
+  stream = Stream(x, _add_bias(attended, weights.o_bias))
+  x, h = stream.normed(weights.post_norm, config.rms_norm_eps)
+  stream = Stream(x, _feed_forward(weights, h, axis))
+  return stream, (keys.taken(), values.taken())
 
 
 def _add_bias(x, bias):
@@ -157,19 +174,22 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
-  rotated, values = jnp.split(heads, [num_rotated], axis=-2)
-  # Queries and keys in one go: each step is a launch.
-  norms = _norms_of_heads(weights, num_heads, num_rotated)
-  rotated = norm_and_rotate(rotated, norms, positions, config)
-  query, keys = jnp.split(rotated, [num_heads], axis=-2)
-  return query, keys, values
+  # All in one go, though no value is read: each step is a launch, and to leave
+  # the values out is one more.
+  norms = _norms_of_heads(weights, num_heads, heads.shape[-2])
+  rotated = norm_and_rotate(heads, norms, positions, config)
+  return (
+    Heads(array=rotated, first=0, count=num_heads),
+    Heads(array=rotated, first=num_heads, count=num_kv_heads),
+    Heads(array=heads, first=num_rotated, count=num_kv_heads),
+  )
 
 
-def _norms_of_heads(weights, num_heads, num_rotated):
+def _norms_of_heads(weights, num_heads, count):
   """The norm of each query head, then of each key head; `None` is none."""
   if weights.q_norm is None:
     return None
-  is_key = jnp.arange(num_rotated) >= num_heads
+  is_key = jnp.arange(count) >= num_heads
   return jnp.where(is_key[:, None], weights.k_norm, weights.q_norm)
 
 

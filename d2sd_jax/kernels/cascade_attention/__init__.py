@@ -6,5 +6,12 @@ from d2sd_jax.kernels.cascade_attention.api import (
   LocalMask,
   cascade_attention,
 )
+from d2sd_jax.kernels.cascade_attention.heads import Heads
 
-__all__ = ["CAUSAL", "IMPLEMENTATIONS", "LocalMask", "cascade_attention"]
+__all__ = [
+  "CAUSAL",
+  "IMPLEMENTATIONS",
+  "Heads",
+  "LocalMask",
+  "cascade_attention",
+]

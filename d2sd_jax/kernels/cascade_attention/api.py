@@ -13,6 +13,7 @@ from d2sd_jax.kernels.cascade_attention import (
   reference,
   xla,
 )
+from d2sd_jax.kernels.cascade_attention.heads import Heads, taken
 from d2sd_jax.typing import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
@@ -22,6 +23,8 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
   "reference": reference.cascade_attention,
   "xla": xla.cascade_attention,
 }
+# What reads `Heads` where they lie.
+IN_PLACE = ("mosaic_gpu",)
 CAUSAL: Literal["causal"] = "causal"
 LocalMask = Bool[Array, "#B #G R R"] | Literal["causal"] | None
 # From so many nodes a row, one dense flash attention beats two parts in XLA.
@@ -29,11 +32,11 @@ MIN_CUDNN_NODES = 128
 
 
 def cascade_attention(
-  query: Float[Array, "B G R N H"],
+  query: Float[Array, "B G R N H"] | Heads,
   prefix_keys: Float[Array, "B J S H"],
   prefix_values: Float[Array, "B J S H"],
-  local_keys: Float[Array, "B G R J H"],
-  local_values: Float[Array, "B G R J H"],
+  local_keys: Float[Array, "B G R J H"] | Heads,
+  local_values: Float[Array, "B G R J H"] | Heads,
   *,
   prefix_end: Int[Array, "B"] | Int[Array, "B G"],
   prefix_start: Int[Array, "B G R"] | None = None,
@@ -56,6 +59,7 @@ def cascade_attention(
 
   Args:
     query: already rotated, not yet scaled; scores are divided by sqrt(H).
+      `Heads` are read where they lie, if the implementation can.
     prefix_keys: rows of the cache; rows past `prefix_end` may hold anything
       finite. S may be 0.
     prefix_values: as `prefix_keys`.
@@ -102,6 +106,10 @@ def cascade_attention(
     local_mask = jnp.ones((1, 1, nodes, nodes), bool)
   elif isinstance(local_mask, str) and name != "cudnn":
     local_mask = jnp.tri(nodes, dtype=bool)[None, None]
+  if name not in IN_PLACE:
+    query, local_keys, local_values = map(
+      taken, (query, local_keys, local_values)
+    )
   return IMPLEMENTATIONS[name](
     query,
     prefix_keys,
@@ -116,10 +124,10 @@ def cascade_attention(
 
 
 def default_implementation(
-  query: Float[Array, "B G R N H"],
+  query: Float[Array, "B G R N H"] | Heads,
   prefix_keys: Float[Array, "B J S H"],
   sinks: Float[Array, "N"] | None = None,
-  local_keys: Float[Array, "B G R J H"] | None = None,
+  local_keys: Float[Array, "B G R J H"] | Heads | None = None,
 ) -> str:
   """The fastest implementation for these operands on the default device.
 

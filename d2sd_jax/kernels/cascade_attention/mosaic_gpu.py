@@ -15,6 +15,7 @@ from einops import rearrange, repeat
 
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.cascade_attention import xla
+from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place, taken
 from d2sd_jax.kernels.device import target_device
 from d2sd_jax.typing import Array
 
@@ -31,7 +32,9 @@ MAX_NODES = 256
 
 
 def why_not(
-  query: Array, prefix_keys: Array, local_keys: Array | None = None
+  query: Array | Heads,
+  prefix_keys: Array,
+  local_keys: Array | Heads | None = None,
 ) -> tuple[str, str, str] | None:
   """What keeps the kernel from these operands, as (field, value, expected).
 
@@ -56,7 +59,9 @@ def why_not(
 
 
 def wins(
-  query: Array, prefix_keys: Array, local_keys: Array | None = None
+  query: Array | Heads,
+  prefix_keys: Array,
+  local_keys: Array | Heads | None = None,
 ) -> bool:
   """Whether this is the default: on Hopper, in decoding, where it fits.
 
@@ -144,8 +149,9 @@ def _attend(plan, interpret, arrays, options):
   batch, groups, nodes, heads, head_dim = query.shape
   kv_heads, size = prefix_keys.shape[1:3]
   share = heads // kv_heads
-  rows = groups * nodes * share
-  query = rearrange(query, "b g r (j n) h -> b j (g r n) h", n=share)
+  lying = [in_place(x) for x in (query, local_keys, local_values)]
+  first = kernel.First(*(x.first for x in lying), share)
+  rows = first.chunks(groups * nodes) * kernel.CHUNK
   if plan is None:
     plan = choose_plan(rows, batch * kv_heads, size, head_dim)
   if interpret is not None:
@@ -156,26 +162,27 @@ def _attend(plan, interpret, arrays, options):
       (batch, kv_heads, 8, head_dim), query.dtype
     )
   merged = plan.splits == 1 and sinks is None
-  local = lambda x: _to_tiles(rearrange(x, "b g r j h -> b (g r) j h"), 1)
+  query, local_keys, local_values = (
+    _to_tiles(rearrange(x.array, "b g r heads h -> b (g r) heads h"), 1)
+    for x in lying
+  )
   visible = _visible(prefix_end, prefix_start, local_mask, nodes, share, plan)
   outputs = kernel.attend(
     kernel.Operands(
-      _to_tiles(query, 2),
-      prefix_keys,
-      prefix_values,
-      local(local_keys),
-      local(local_values),
+      *(query, prefix_keys, prefix_values, local_keys, local_values),
       *visible,
     ),
     plan,
+    first,
     windowed=prefix_start is not None,
     merged=merged,
     interpret=interpret,
   )
   if not merged:
-    outputs = _merge(*outputs, _per_row(sinks, kv_heads, plan.rows))
-  outputs = outputs[:, :, :rows].astype(query.dtype)
-  return rearrange(outputs, "b j (g r n) h -> b g r (j n) h", g=groups, n=share)
+    held = min(groups * nodes, kernel.CHUNK)
+    outputs = _merge(*(_by_node(x, rows, share, held) for x in outputs), sinks)
+  outputs = outputs[:, : groups * nodes].astype(query.dtype)
+  return rearrange(outputs, "b (g r) heads h -> b g r heads h", g=groups)
 
 
 def _forward(plan, interpret, arrays, options):
@@ -188,7 +195,7 @@ def _backward(plan, interpret, saved, cotangent):
 
   def attend(arrays, sinks):
     return xla.cascade_attention(
-      *arrays,
+      *map(taken, arrays),
       prefix_end=prefix_end,
       prefix_start=prefix_start,
       local_mask=local_mask,
@@ -208,7 +215,8 @@ def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
   """The plan for operands of these sizes on a whole H100 or H200.
 
   Args:
-    rows: query rows of one batch row and key head: nodes times group heads.
+    rows: query rows of one batch row and key head: nodes, in whole chunks,
+      times group heads.
     pairs: batch rows times key heads.
     size: rows of the cache; how many of them are used is not known yet.
     head_dim: head size.
@@ -282,12 +290,34 @@ def _visible(prefix_end, prefix_start, local_mask, nodes, share, plan):
   bounds += [prefix_end.min(1), prefix_end.max(1)]
   words = _words(local_mask, groups, plan.block_keys)
   words = jnp.broadcast_to(words, (batch, *words.shape[1:]))
-  rows = [starts[:, None], ends[:, None], words]
-  rows = [x.astype(jnp.int32) for x in rows]
-  rows = repeat(jnp.concatenate(rows, 1), "b i r -> b i (r n)", n=share)
+  lines = [starts[:, None], ends[:, None], words]
+  lines = [x.astype(jnp.int32) for x in lines]
+  rows = _by_chunk(jnp.concatenate(lines, 1), share)
   missing = plan.rows - rows.shape[2]
   rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing)))
   return jnp.stack(bounds, 1).astype(jnp.int32), rows
+
+
+def _by_chunk(lines, share):
+  """What is said of each node, of the query rows: [B, lines, rows]."""
+  missing = -lines.shape[2] % TILE
+  lines = jnp.pad(lines, ((0, 0), (0, 0), (0, missing)))
+  return repeat(lines, "b i (a r) -> b i (a n r)", n=share, r=TILE)
+
+
+def _by_node(x, rows, share, held):
+  """Query rows as nodes and heads: [splits, B, nodes, J, share, ...].
+
+  Args:
+    x: [splits, B, J, Plan.rows, ...].
+    rows: how many of them are in chunks.
+    share: query heads of a key head.
+    held: nodes of each chunk that are there.
+  """
+  x = rearrange(
+    x[:, :, :, :rows], "s b j (a n r) ... -> s b a r j n ...", n=share, r=TILE
+  )
+  return rearrange(x[:, :, :, :held], "s b a r ... -> s b (a r) ...")
 
 
 def _words(local_mask, groups, block_keys):
@@ -306,16 +336,6 @@ def _words(local_mask, groups, block_keys):
   return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
-def _per_row(sinks, kv_heads, rows):
-  """Base-2 sinks of a key head's rows: float32 [J, rows], or `None`."""
-  if sinks is None:
-    return None
-  sinks = rearrange(sinks, "(j n) -> j n", j=kv_heads).astype(jnp.float32)
-  share = sinks.shape[1]
-  sinks = jnp.tile(sinks, (1, -(-rows // share)))[:, :rows]
-  return sinks * math.log2(math.e)
-
-
 def _merge(outputs, logs, sinks):
   """The splits' outputs as one, weighted by e^{l - m} (Sec. 3.3).
 
@@ -323,10 +343,14 @@ def _merge(outputs, logs, sinks):
   it, which reads each split once.
   """
   splits = range(outputs.shape[0])
-  tops = [logs[i] for i in splits] + ([] if sinks is None else [sinks])
+  tops = [logs[i] for i in splits]
+  if sinks is not None:
+    sinks = sinks.astype(jnp.float32) * math.log2(math.e)
+    tops.append(rearrange(sinks, "(j n) -> j n", j=logs.shape[3]))
   tops = [jnp.broadcast_to(x[..., None], outputs.shape[1:]) for x in tops]
   top = functools.reduce(jnp.maximum, tops)
   weights = [jnp.exp2(x - top) for x in tops]
   total = functools.reduce(jnp.add, weights)
   terms = [outputs[i] * weights[i] for i in splits]
-  return functools.reduce(jnp.add, terms) / total
+  merged = functools.reduce(jnp.add, terms) / total
+  return rearrange(merged, "b r j n h -> b r (j n) h")

@@ -23,8 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from d2sd_jax.typing import Array
 
-# A wgmma takes 64 rows.
+# A wgmma takes 64 rows: eight chunks, each of eight nodes and one head, as
+# queries lie in memory and the copy engine moves them.
 ROWS = 64
+CHUNK = 8
+CHUNKS = ROWS // CHUNK
 MASK_BITS = 32
 # Far below any real score. The running maximum starts above what a masked
 # score becomes, so that a masked score always weighs exactly nothing.
@@ -69,15 +72,17 @@ class Operands(NamedTuple):
   """The arrays the kernel reads.
 
   Attributes:
-    query: [B, J, rows, H], not padded.
+    query: [B, R, all, H], R nodes of all groups; see `First`.
     prefix_keys: [B, J, S, H].
     prefix_values: as `prefix_keys`.
-    local_keys: [B, R, J, H], R nodes of all groups.
-    local_values: as `local_keys`.
+    local_keys: [B, R, all, H].
+    local_values: [B, R, all, H].
     bounds: int32 [B, 4]: the least start, the largest start, the least end
       and the largest end of any row's prefix.
     rows: int32 [B, 2 + words, Plan.rows]: start and end of each row's prefix,
-      then the local keys it sees, 32 to a word, the first the lowest bit.
+      then the local keys it sees, 32 to a word, the first the lowest bit. A
+      key head's rows are chunks of eight nodes: the first eight nodes for
+      each of its query heads in turn, then the next eight.
   """
 
   query: Array
@@ -87,6 +92,26 @@ class Operands(NamedTuple):
   local_values: Array
   bounds: Array
   rows: Array
+
+
+class First(NamedTuple):
+  """Where heads begin in the arrays that hold them, and how many share a key.
+
+  Attributes:
+    query: the first query head in `Operands.query`.
+    keys: the first head in `Operands.local_keys`.
+    values: the first head in `Operands.local_values`.
+    share: query heads of one key head.
+  """
+
+  query: int
+  keys: int
+  values: int
+  share: int
+
+  def chunks(self, nodes: int) -> int:
+    """Chunks of query rows of one batch row and key head."""
+    return -(-nodes // CHUNK) * self.share
 
 
 class _Scratch(NamedTuple):
@@ -121,6 +146,7 @@ class _Steps(NamedTuple):
 def attend(
   operands: Operands,
   plan: Plan,
+  first: First,
   *,
   windowed: bool,
   merged: bool,
@@ -131,20 +157,23 @@ def attend(
   Args:
     operands: what it reads.
     plan: how the work is cut.
+    first: which heads of the operands are meant.
     windowed: whether some row's prefix starts after 0.
     merged: with one split only: whether to return the output itself.
     interpret: `plgpu.InterpretGPUParams` runs it on a CPU.
 
   Returns:
-    `merged`: the output [B, J, rows, H] in the operands' dtype. Otherwise each
-    split's own output [splits, B, J, Plan.rows, H] and base-2 log-sum-exp
+    `merged`: the output [B, R, J * share, H] in the operands' dtype. Otherwise
+    each split's own output [splits, B, J, Plan.rows, H] and base-2 log-sum-exp
     [splits, B, J, Plan.rows], both float32; a row that a split shows nothing
     has zeros, and `UNSEEN`.
   """
-  batch, heads, rows, head_dim = operands.query.shape
+  batch, nodes, _, head_dim = operands.query.shape
+  heads = operands.prefix_keys.shape[1]
   shape = jax.ShapeDtypeStruct
   if merged:
-    out_type: Any = shape((batch, heads, rows, head_dim), operands.query.dtype)
+    whole = batch, nodes, heads * first.share, head_dim
+    out_type: Any = shape(whole, operands.query.dtype)
   else:
     split = (plan.splits, batch, heads, plan.rows)
     out_type = [
@@ -152,7 +181,9 @@ def attend(
       shape(split, jnp.float32),
     ]
   run = plgpu.kernel(
-    functools.partial(_block, plan=plan, windowed=windowed, merged=merged),
+    functools.partial(
+      _block, plan=plan, first=first, windowed=windowed, merged=merged
+    ),
     out_type=out_type,
     scratch_types=_scratch(plan, operands.query.dtype, head_dim),
     grid=(batch, heads, plan.splits, plan.blocks),
@@ -183,7 +214,7 @@ def _scratch(plan, dtype, head_dim):
     values=tiles(*stage),
     weights=weights,
     logs=plgpu.SMEM((groups, ROWS), jnp.float32),
-    query_ready=barriers(groups),
+    query_ready=barriers(groups, CHUNKS),
     keys_ready=barriers(plan.stages),
     values_ready=barriers(plan.stages),
     keys_free=barriers(plan.stages, groups),
@@ -192,7 +223,7 @@ def _scratch(plan, dtype, head_dim):
   )
 
 
-def _block(*refs, plan, windowed, merged):
+def _block(*refs, plan, first, windowed, merged):
   """Body of one block; its last warpgroup loads, the others compute."""
   count = len(Operands._fields)
   operands = Operands(*refs[:count])
@@ -207,13 +238,13 @@ def _block(*refs, plan, windowed, merged):
   def _load():
     if fewer:
       plgpu.set_max_registers(fewer, action="decrease")
-    _load_tiles(operands, scratch, steps, plan)
+    _load_tiles(operands, scratch, steps, plan, first)
 
   @pl.when(warpgroup < plan.warpgroups)
   def _compute():
     if more:
       plgpu.set_max_registers(more, action="increase")
-    _Tile(operands, scratch, plan, windowed).run(steps, outputs)
+    _Tile(operands, scratch, plan, first, windowed).run(steps, outputs)
 
 
 def _steps(operands, plan, windowed):
@@ -238,7 +269,7 @@ def _steps(operands, plan, windowed):
   return _Steps(local, first, whole, partial, last)
 
 
-def _load_tiles(operands, scratch, steps, plan):
+def _load_tiles(operands, scratch, steps, plan, first):
   """Streams the block's tiles: a slot is filled again once all have read it."""
   batch, head = lax.axis_index("batch"), lax.axis_index("head")
   width = plan.block_keys
@@ -261,8 +292,8 @@ def _load_tiles(operands, scratch, steps, plan):
     nodes = pl.ds(step * width, width)
     load(
       step,
-      operands.local_keys.at[batch, nodes, head],
-      operands.local_values.at[batch, nodes, head],
+      operands.local_keys.at[batch, nodes, first.keys + head],
+      operands.local_values.at[batch, nodes, first.values + head],
     )
 
   @pl.loop(steps.first, steps.last)
@@ -291,26 +322,25 @@ class _Tile:
   far [64], times log2(e); and the sum of weights so far [64].
   """
 
-  def __init__(self, operands, scratch, plan, windowed):
+  def __init__(self, operands, scratch, plan, first, windowed):
     self.operands, self.scratch, self.plan = operands, scratch, plan
-    self.windowed = windowed
+    self.first, self.windowed = first, windowed
     self.dtype = operands.query.dtype
     self.head_dim = operands.query.shape[-1]
     self.scale = math.log2(math.e) / math.sqrt(self.head_dim)
     self.batch, self.head = lax.axis_index("batch"), lax.axis_index("head")
     self.warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_index("block")
-    row = (block * plan.warpgroups + self.warpgroup) * ROWS
-    self.rows = pl.ds(row, ROWS)
+    self.tile = block * plan.warpgroups + self.warpgroup
+    self.rows = pl.ds(self.tile * ROWS, ROWS)
 
   def run(self, steps, outputs):
     """Attends to all of `steps` and writes what the block leaves."""
     ready = self.scratch.query_ready.at[self.warpgroup]
-    plgpu.copy_gmem_to_smem(
-      self.operands.query.at[self.batch, self.head, self.rows],
-      self.scratch.query.at[self.warpgroup],
-      ready,
-    )
+    for i, chunk in enumerate(self._chunks(self.first.query)):
+      plgpu.copy_gmem_to_smem(
+        self.operands.query.at[chunk], self._query(i), ready
+      )
     plgpu.barrier_wait(ready)
     state = (
       _full((ROWS, self.head_dim), 0.0, _FLOAT_TILE),
@@ -327,6 +357,20 @@ class _Tile:
     )
     state = lax.fori_loop(steps.partial, steps.last, masked, state)
     self._write(outputs, *state)
+
+  def _chunks(self, first):
+    """Where this tile's chunks lie in an array [B, R, all, H]."""
+    share = jnp.int32(self.first.share)
+    for i in range(CHUNKS):
+      chunk = self.tile * CHUNKS + i
+      nodes = pl.ds(lax.div(chunk, share) * CHUNK, CHUNK)
+      head = first + self.head * share + lax.rem(chunk, share)
+      yield self.batch, nodes, head
+
+  def _query(self, i):
+    """The i-th chunk of this tile in shared memory."""
+    chunk = pl.ds(i * CHUNK, CHUNK)
+    return self.scratch.query.at[self.warpgroup, chunk]
 
   def _local(self, step, state):
     """The local keys; those a row may not see are cleared in its words."""
@@ -442,13 +486,13 @@ class _Tile:
     inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
     output = output * _across(inverse, output.shape)
     if len(outputs) == 1:
-      # No product reads the query any more. What lies past the last row is
+      # No product reads the query any more. What lies past the last node is
       # not written.
       shared = self.scratch.query.at[self.warpgroup]
       shared[...] = output.astype(self.dtype)
       plgpu.commit_smem()
-      target = outputs[0].at[self.batch, self.head, self.rows]
-      plgpu.copy_smem_to_gmem(shared, target)
+      for i, chunk in enumerate(self._chunks(0)):
+        plgpu.copy_smem_to_gmem(self._query(i), outputs[0].at[chunk])
     else:
       at = lax.axis_index("split"), self.batch, self.head, self.rows
       outputs[0].at[at][...] = output
