@@ -19,15 +19,14 @@ from einops import rearrange
 from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
-from d2sd_jax.kernels.add_norm import rms_norm
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed, as_stored
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
   LayerWeights,
-  Stream,
   norm_and_rotate,
+  rms_norm,
   split_heads,
   transformer_block,
 )
@@ -132,11 +131,11 @@ class FusedDrafter:
     Returns:
       Hidden states after the final norm.
     """
-    stream = Stream(embeddings.astype(self.dtype))
+    x = embeddings.astype(self.dtype)
     for i, layer in enumerate(self.layers):
-      stream, _ = transformer_block(
+      x, _ = transformer_block(
         layer,
-        stream,
+        x,
         positions,
         context.layer(i),
         context_end,
@@ -145,7 +144,7 @@ class FusedDrafter:
         implementation,
         axis=self.axis,
       )
-    return stream.normed(self.norm, self.config.rms_norm_eps)[1]
+    return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
   def as_stored(self) -> "FusedDrafter":
     """The drafter with all matrices in the order that suits the device."""

@@ -1,13 +1,12 @@
 """The transformer block that targets and drafters share."""
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from d2sd_jax.kernels.add_norm import add_norm, rms_norm
 from d2sd_jax.kernels.cascade_attention import (
   Heads,
   LocalMask,
@@ -64,24 +63,13 @@ class LayerWeights:
   experts: Experts | None = None
 
 
-class Stream(NamedTuple):
-  """Hidden states, and what the last sublayer adds to them.
-
-  Not added yet, for the sum goes well with the norm that follows it.
-  """
-
-  states: Float[Array, "... D"]
-  update: Float[Array, "... D"] | None = None
-
-  def whole(self) -> Float[Array, "... D"]:
-    """The hidden states with the update."""
-    return self.states if self.update is None else self.states + self.update
-
-  def normed(
-    self, weight: Float[Array, " D"], eps: float
-  ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
-    """The whole hidden states and their RMSNorm."""
-    return add_norm(*self, weight, eps)
+def rms_norm(
+  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+  """RMSNorm in float32, returned in `x`'s dtype."""
+  wide = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def norm_and_rotate(
@@ -109,7 +97,7 @@ def split_heads(
 
 def transformer_block(
   weights: LayerWeights,
-  stream: Stream,
+  x: Float[Array, "B G R D"],
   positions: Int[Array, "B G R"],
   prefix: tuple[Float[Array, "B J S H"], Float[Array, "B J S H"]],
   prefix_end: Int[Array, "B"] | Int[Array, "B G"],
@@ -119,14 +107,14 @@ def transformer_block(
   prefix_start: Int[Array, "B G R"] | None = None,
   axis: str | None = None,
 ) -> tuple[
-  Stream,
+  Float[Array, "B G R D"],
   tuple[Float[Array, "B G R J H"], Float[Array, "B G R J H"]],
 ]:
   """Pre-norm attention over prefix and tree, then SwiGLU or experts.
 
   Args:
     weights: one layer.
-    stream: hidden states [B, G, R, D] of G groups of R nodes.
+    x: hidden states of G groups of R nodes.
     positions: absolute positions, for RoPE.
     prefix: keys and values of this layer's cache.
     prefix_end: see `cascade_attention`.
@@ -140,7 +128,7 @@ def transformer_block(
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
-  x, h = stream.normed(weights.input_norm, config.rms_norm_eps)
+  h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
   query, keys, values = _attention_inputs(
     weights, h, positions, prefix[0].shape[1], config
   )
@@ -157,10 +145,10 @@ def transformer_block(
   )
   attended = rearrange(attended, "... n h -> ... (n h)")
   attended = sum_parts(matmul("...d,do->...o", attended, weights.o_proj), axis)
-  stream = Stream(x, _add_bias(attended, weights.o_bias))
-  x, h = stream.normed(weights.post_norm, config.rms_norm_eps)
-  stream = Stream(x, _feed_forward(weights, h, axis))
-  return stream, (keys.taken(), values.taken())
+  x = x + _add_bias(attended, weights.o_bias)
+  h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
+  x = x + _feed_forward(weights, h, axis)
+  return x, (keys.taken(), values.taken())
 
 
 def _add_bias(x, bias):

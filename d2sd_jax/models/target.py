@@ -13,7 +13,11 @@ from d2sd_jax.config import TargetConfig
 from d2sd_jax.kernels.cascade_attention import CAUSAL, LocalMask
 from d2sd_jax.kernels.dot import dot_float32
 from d2sd_jax.models.cache import KVCache
-from d2sd_jax.models.layers import LayerWeights, Stream, transformer_block
+from d2sd_jax.models.layers import (
+  LayerWeights,
+  rms_norm,
+  transformer_block,
+)
 from d2sd_jax.tensor_parallel import bar_padding, look_up, num_key_heads
 from d2sd_jax.tree import PrefixTree, ancestor_mask
 from d2sd_jax.typing import Array, Float, Int
@@ -138,13 +142,10 @@ class LlamaTarget:
       mask=CAUSAL,
       taps=taps,
     )
-    last = jax.tree.map(
-      lambda x: jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[
-        :, 0
-      ],
-      hidden,
+    last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+    return TargetOutput(
+      logits=self.logits(last[:, 0]), features=features, kv=kv
     )
-    return TargetOutput(logits=self._logits(last), features=features, kv=kv)
 
   def score_tree(
     self,
@@ -162,14 +163,11 @@ class LlamaTarget:
       mask=ancestor_mask(tree.parents)[:, None],
       taps=taps,
     )
-    return TargetOutput(logits=self._logits(hidden), features=features, kv=kv)
+    return TargetOutput(logits=self.logits(hidden), features=features, kv=kv)
 
   def logits(self, hidden: Float[Array, "*n D"]) -> Float[Array, "*n V"]:
     """Float32 logits of the last layer's output: final norm, then head."""
-    return self._logits(Stream(hidden))
-
-  def _logits(self, hidden: Stream) -> Float[Array, "*n V"]:
-    return self.head(hidden.normed(self.norm, self.config.rms_norm_eps)[1])
+    return self.head(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
 
   def _forward(
     self,
@@ -180,9 +178,9 @@ class LlamaTarget:
     lengths: Int[Array, " B"],
     mask: LocalMask,
     taps: tuple[int, ...],
-  ) -> tuple[Stream, Float[Array, "B R taps D"], KVCache]:
+  ) -> tuple[Float[Array, "B R D"], Float[Array, "B R taps D"], KVCache]:
     """All layers over one group of nodes behind the cached prefix."""
-    stream = Stream(self.embed(tokens)[:, None])
+    x = self.embed(tokens)[:, None]
     seen = {
       window: _visible(mask, positions, window)
       for window in set(map(self.config.window, range(len(self.layers))))
@@ -190,9 +188,9 @@ class LlamaTarget:
     new_kv, tapped = [], {}
     for i, weights in enumerate(self.layers):
       near, start = seen[self.config.window(i)]
-      stream, kv = transformer_block(
+      x, kv = transformer_block(
         weights,
-        stream,
+        x,
         positions[:, None],
         cache.layer(i),
         lengths,
@@ -204,15 +202,13 @@ class LlamaTarget:
       )
       new_kv.append((kv[0][:, 0], kv[1][:, 0]))
       if i in taps:
-        tapped[i] = stream.whole()[:, 0]
-    hidden = jax.tree.map(lambda x: x[:, 0], stream)
-    dtype = hidden.states.dtype
+        tapped[i] = x[:, 0]
     features = (
       jnp.stack([tapped[i] for i in taps], axis=2)
       if taps
-      else jnp.zeros((*tokens.shape, 0, hidden.states.shape[-1]), dtype)
+      else jnp.zeros((*tokens.shape, 0, x.shape[-1]), x.dtype)
     )
-    return hidden, features, KVCache.from_layers(new_kv)
+    return x[:, 0], features, KVCache.from_layers(new_kv)
 
 
 def _visible(
