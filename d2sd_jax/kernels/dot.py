@@ -18,8 +18,8 @@ def matmul(
 
   "highest" is what makes float32 float32: the default is TF32 on NVIDIA and
   bfloat16 on TPU. Products of 16-bit arrays come out the same with either; on a
-  GPU "highest" leaves many rows to cuBLAS and makes one row a sum, of one
-  kernel where the matrix is `Transposed`.
+  GPU "highest" leaves many rows to cuBLAS. One row is a sum where the matrix
+  is `Transposed`.
 
   Args:
     spec: an einsum specification of two operands.
@@ -27,20 +27,53 @@ def matmul(
     b: right operand: an array, a `QuantizedMatrix` or `Transposed`.
     preferred_element_type: of the result; `None` is the operands'.
   """
+  dtype = preferred_element_type or a.dtype
+  if is_row_sum(a, b):
+    return row_sum(a, b).astype(dtype)
   if isinstance(b, Transposed):
     left, right = spec.split(",")
     spec = f"{left},{right[1::-1]}{right[2:]}"
-    dtype = preferred_element_type or a.dtype
-    # XLA's sum for one row would round its terms to the result's dtype.
-    wide = jnp.float32 if a.size == a.shape[-1] else dtype
-    return matmul(spec, a, b.stored, wide).astype(dtype)
+    return matmul(spec, a, b.stored, dtype)
   if isinstance(b, QuantizedMatrix):
-    return _quantized_product(spec, a, b, preferred_element_type or a.dtype)
+    return _quantized_product(spec, a, b, dtype)
   return jnp.einsum(
     *(spec, a, b),
     precision="highest",
     preferred_element_type=preferred_element_type,
   )
+
+
+def is_row_sum(x: Array, matrix: Any) -> bool:
+  """Whether a product is of one row alone, and a sum along the matrix's rows.
+
+  Args:
+    x: left operand, its last axis summed.
+    matrix: right operand; see `matmul`.
+  """
+  return (
+    x.size == x.shape[-1]
+    and isinstance(matrix, Transposed)
+    and not isinstance(matrix.stored, QuantizedMatrix)
+  )
+
+
+def row_sum(x: Array, matrix: Transposed, factor: Array | float = 1.0) -> Array:
+  """Product of one row and a matrix, in float32 or wider: one kernel in XLA.
+
+  Left to XLA, each term would be rounded to the result's dtype.
+
+  Args:
+    x: `[..., in]`, all axes but the last of size 1.
+    matrix: of which `is_row_sum`.
+    factor: of the product; with the matrix, or XLA would multiply `x` before.
+
+  Returns:
+    `[..., out]`.
+  """
+  stored = matrix.stored
+  dtype = jnp.promote_types(jnp.result_type(x, stored), jnp.float32)
+  terms = stored.astype(dtype) * factor * x.reshape(-1).astype(dtype)
+  return terms.sum(-1).reshape(*x.shape[:-1], -1)
 
 
 def _quantized_product(

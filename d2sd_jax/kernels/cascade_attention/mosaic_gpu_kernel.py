@@ -113,6 +113,10 @@ class First(NamedTuple):
     """Chunks of query rows of one batch row and key head."""
     return -(-nodes // CHUNK) * self.share
 
+  def moved(self, nodes: int) -> int:
+    """Chunks that a tile moves; a lone one of few leaves the others alone."""
+    return min(self.chunks(nodes), CHUNKS)
+
 
 class _Scratch(NamedTuple):
   """Shared memory of a block, and its barriers."""
@@ -185,7 +189,9 @@ def attend(
       _block, plan=plan, first=first, windowed=windowed, merged=merged
     ),
     out_type=out_type,
-    scratch_types=_scratch(plan, operands.query.dtype, head_dim),
+    scratch_types=_scratch(
+      plan, operands.query.dtype, head_dim, first.moved(nodes)
+    ),
     grid=(batch, heads, plan.splits, plan.blocks),
     grid_names=("batch", "head", "split", "block"),
     num_threads=plan.warpgroups + 1,
@@ -199,7 +205,7 @@ def attend(
   return run(*operands)
 
 
-def _scratch(plan, dtype, head_dim):
+def _scratch(plan, dtype, head_dim, moved):
   swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
   tiles = lambda *shape: plgpu.SMEM(shape, dtype, transforms=swizzled)
   stage = plan.stages, plan.block_keys, head_dim
@@ -214,7 +220,7 @@ def _scratch(plan, dtype, head_dim):
     values=tiles(*stage),
     weights=weights,
     logs=plgpu.SMEM((groups, ROWS), jnp.float32),
-    query_ready=barriers(groups, CHUNKS),
+    query_ready=barriers(groups, moved),
     keys_ready=barriers(plan.stages),
     values_ready=barriers(plan.stages),
     keys_free=barriers(plan.stages, groups),
@@ -337,7 +343,7 @@ class _Tile:
   def run(self, steps, outputs):
     """Attends to all of `steps` and writes what the block leaves."""
     ready = self.scratch.query_ready.at[self.warpgroup]
-    for i, chunk in enumerate(self._chunks(self.first.query)):
+    for i, (chunk, _) in enumerate(self._chunks(self.first.query)):
       plgpu.copy_gmem_to_smem(
         self.operands.query.at[chunk], self._query(i), ready
       )
@@ -359,13 +365,17 @@ class _Tile:
     self._write(outputs, *state)
 
   def _chunks(self, first):
-    """Where this tile's chunks lie in an array [B, R, all, H]."""
-    share = jnp.int32(self.first.share)
-    for i in range(CHUNKS):
+    """This tile's chunks: where in an array [B, R, all, H], and if they are.
+
+    What lies past the last node must not be written. Where all nodes are one
+    chunk, Pallas drops its index, and another would land on the same place.
+    """
+    nodes, share = self.operands.query.shape[1], jnp.int32(self.first.share)
+    for i in range(self.first.moved(nodes)):
       chunk = self.tile * CHUNKS + i
-      nodes = pl.ds(lax.div(chunk, share) * CHUNK, CHUNK)
+      rows = pl.ds(lax.div(chunk, share) * CHUNK, CHUNK)
       head = first + self.head * share + lax.rem(chunk, share)
-      yield self.batch, nodes, head
+      yield (self.batch, rows, head), chunk < self.first.chunks(nodes)
 
   def _query(self, i):
     """The i-th chunk of this tile in shared memory."""
@@ -486,13 +496,15 @@ class _Tile:
     inverse = jnp.where(some, 1.0 / jnp.where(some, total, 1.0), 0.0)
     output = output * _across(inverse, output.shape)
     if len(outputs) == 1:
-      # No product reads the query any more. What lies past the last node is
-      # not written.
+      # No product reads the query any more.
       shared = self.scratch.query.at[self.warpgroup]
       shared[...] = output.astype(self.dtype)
       plgpu.commit_smem()
-      for i, chunk in enumerate(self._chunks(0)):
-        plgpu.copy_smem_to_gmem(self._query(i), outputs[0].at[chunk])
+      for i, (chunk, is_there) in enumerate(self._chunks(0)):
+        copy = functools.partial(
+          plgpu.copy_smem_to_gmem, self._query(i), outputs[0].at[chunk]
+        )
+        pl.when(is_there)(copy)
     else:
       at = lax.axis_index("split"), self.batch, self.head, self.rows
       outputs[0].at[at][...] = output
