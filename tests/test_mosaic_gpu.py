@@ -351,3 +351,53 @@ def test_the_default_on_hopper(
   query = jax.ShapeDtypeStruct((1, 1, nodes, 3, 64), dtype)
   keys = jax.ShapeDtypeStruct((1, 1, size, 64), dtype)
   assert default_implementation(query, keys) == name
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("nodes", "share"), [(1, 3), (1, 12), (8, 9), (72, 3), (80, 4), (16, 1)]
+)
+def test_tiles_write_each_chunk_once_and_none_that_is_not_there(nodes, share):
+  from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel as kernel
+
+  first = kernel.First(query=0, keys=0, values=0, share=share)
+  operands = types.SimpleNamespace(query=np.zeros((1, nodes, 2 * share, 64)))
+  written = []
+  for tile in range(-(-first.chunks(nodes) // kernel.CHUNKS) + 1):
+    block = types.SimpleNamespace(
+      **{"first": first, "operands": operands, "tile": tile},
+      **{"batch": 0, "head": 1},
+    )
+    for (_, rows, head), is_there in kernel._Tile._chunks(block, 0):
+      if is_there:
+        written.append((int(rows.start), int(head)))
+  wanted = [
+    (row, head)
+    for row in range(0, nodes, 8)
+    for head in range(share, 2 * share)
+  ]
+  assert sorted(written) == wanted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+  ("batch", "nodes", "share"),
+  [(700, 1, 3), (5, 1, 12), (9, 9, 3), (2, 72, 3), (2, 80, 4), (3, 256, 1)],
+)
+def test_on_a_gpu_as_xla(batch, nodes, share):
+  """Prefixes whole and split, and more blocks than the device holds at once."""
+  arrays, options = _inputs(
+    batch=batch, nodes=nodes, share=share, kv_heads=3, size=456
+  )
+  options["prefix_end"] = np.arange(batch, dtype=np.int32) * 17 % 457
+  options = {name: jnp.asarray(x) for name, x in options.items()}
+  together = _side_by_side(arrays)
+  run = lambda name: jax.jit(
+    functools.partial(cascade_attention, implementation=name)
+  )(*together, **options)
+  np.testing.assert_allclose(
+    np.asarray(run("mosaic_gpu"), float),
+    np.asarray(run("xla"), float),
+    rtol=0.02,
+    atol=0.02,
+  )
