@@ -182,10 +182,11 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
-  # All in one go, though no value is read: each step is a launch, and to leave
-  # the values out is one more.
-  norms = _norms_of_heads(weights, num_heads, heads.shape[-2])
-  rotated = norm_and_rotate(heads, norms, positions, config)
+  # Queries and keys in one go: each step is a launch. Without norms the values
+  # too, though none is read, for to leave them out is one more.
+  norms = _norms_of_heads(weights, num_heads, num_rotated)
+  rotated = heads if norms is None else heads[..., :num_rotated, :]
+  rotated = norm_and_rotate(rotated, norms, positions, config)
   return (
     Heads(array=rotated, first=0, count=num_heads),
     Heads(array=rotated, first=num_heads, count=num_kv_heads),
@@ -193,11 +194,11 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   )
 
 
-def _norms_of_heads(weights, num_heads, count):
+def _norms_of_heads(weights, num_heads, num_rotated):
   """The norm of each query head, then of each key head; `None` is none."""
   if weights.q_norm is None:
     return None
-  is_key = jnp.arange(count) >= num_heads
+  is_key = jnp.arange(num_rotated) >= num_heads
   return jnp.where(is_key[:, None], weights.k_norm, weights.q_norm)
 
 
