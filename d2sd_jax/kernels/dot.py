@@ -57,14 +57,14 @@ def is_row_sum(x: Array, matrix: Any) -> bool:
   )
 
 
-def row_sum(x: Array, matrix: Transposed, factor: Array | float = 1.0) -> Array:
+def row_sum(x: Array, matrix: Any, factor: Array | float = 1.0) -> Array:
   """Product of one row and a matrix, in float32 or wider: one kernel in XLA.
 
   Left to XLA, each term would be rounded to the result's dtype.
 
   Args:
     x: `[..., in]`, all axes but the last of size 1.
-    matrix: of which `is_row_sum`.
+    matrix: a `Transposed`, of which `is_row_sum`.
     factor: of the product; with the matrix, or XLA would multiply `x` before.
 
   Returns:
