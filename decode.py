@@ -25,8 +25,9 @@ if __name__ == "__main__":
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from d2sd_jax import cli, distributed
-from d2sd_jax.config import MODES, DecodeConfig
+from d2sd_jax.config import MODES
 from d2sd_jax.decoding import auto, report
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.session import Answer, Request, Session, bucket
 from d2sd_jax.errors import require

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """See `d2sd_jax.config.DecodeConfig`; what is left out has its default."""
+  """See `d2sd_jax.decoding.decode_config`; the rest has its default."""
   return ConfigDict(
     {
       "target": "openai/gpt-oss-20b",

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """See `d2sd_jax.config.DecodeConfig`; what is left out has its default."""
+  """See `d2sd_jax.decoding.decode_config`; the rest has its default."""
   return ConfigDict(
     {
       "target": "smollm2-135m",

@@ -22,7 +22,8 @@ from d2sd_jax import (
   load_drafter,
 )
 from d2sd_jax.io.hf_config import target_config_from_hf
-from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
+from d2sd_jax.io.hf_names import target_tensors
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.models.cache import append
 
 DATA = Path(__file__).parent / "data"

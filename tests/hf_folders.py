@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
-from d2sd_jax.io.hf_tensors import target_tensors
+from d2sd_jax.io.hf_names import target_tensors
 
 MARKS = ("<|end|>", "<|turn|>", "<|spare|>", "<|pad|>")
 # A byte each, then a few words that merge.

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from d2sd_jax import Models, UsageError
-from d2sd_jax.config import MODES, DecodeConfig, TreeConfig
+from d2sd_jax.config import MODES, TreeConfig
 from d2sd_jax.decoding import auto, costs
 from d2sd_jax.decoding.acceptance import (
   ACCEPTANCE_FILE,
@@ -18,6 +18,7 @@ from d2sd_jax.decoding.acceptance import (
   write_acceptance,
 )
 from d2sd_jax.decoding.costs import CostTable, cost_table
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.eval import acceptance as measuring

@@ -25,9 +25,9 @@ from d2sd_jax import (
   __version__,
   cli,
 )
-from d2sd_jax.config import DecodeConfig
 from d2sd_jax.decoding import plan as planning
 from d2sd_jax.decoding import report
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.io import models, paths
 from d2sd_jax.io.drafter_format import save_drafter

@@ -16,7 +16,8 @@ from d2sd_jax import cli
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io.gguf_tokenizer import gguf_tokenizer
-from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
+from d2sd_jax.io.hf_names import LAYER_TENSORS
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.training import corpus, ngrams, openings, synthesis, turns
 from d2sd_jax.training.data import read_conversations
 from d2sd_jax.training.sources import TopUp

@@ -16,7 +16,7 @@ from flax import nnx
 from test_mesh import end, free_address, start_process
 
 from d2sd_jax import Drafter, DrafterConfig, UsageError
-from d2sd_jax.config import DecodeConfig
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.tensor_parallel import Share, check_split
 

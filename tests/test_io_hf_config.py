@@ -27,10 +27,12 @@ from published import (
 )
 
 from d2sd_jax import TargetConfig, UsageError
-from d2sd_jax.config import DecodeConfig, from_mapping
+from d2sd_jax.config import from_mapping
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.io import fetch
 from d2sd_jax.io.hf_config import target_config_from_hf
-from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
+from d2sd_jax.io.hf_names import target_tensors
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.models.rope import LinearScaling, Llama3Scaling, YarnScaling
 
 

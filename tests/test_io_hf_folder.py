@@ -20,7 +20,8 @@ from d2sd_jax.io import models as io_models
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.io.hf_config import target_config_from_hf
 from d2sd_jax.io.hf_folder import INDEX_FILE, WEIGHTS_FILE, TensorFolder
-from d2sd_jax.io.hf_tensors import HEAD, target_from_tensors
+from d2sd_jax.io.hf_names import HEAD
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.io.models import (
   load_target,
   load_tokenizer,

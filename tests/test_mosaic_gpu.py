@@ -359,6 +359,7 @@ def test_the_default_on_hopper(
 )
 def test_tiles_write_each_chunk_once_and_none_that_is_not_there(nodes, share):
   from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel as kernel
+  from d2sd_jax.kernels.cascade_attention.mosaic_gpu_tile import Tile
 
   first = kernel.First(query=0, keys=0, values=0, share=share)
   operands = types.SimpleNamespace(query=np.zeros((1, nodes, 2 * share, 64)))
@@ -368,7 +369,7 @@ def test_tiles_write_each_chunk_once_and_none_that_is_not_there(nodes, share):
       **{"first": first, "operands": operands, "tile": tile},
       **{"batch": 0, "head": 1},
     )
-    for (_, rows, head), is_there in kernel._Tile._chunks(block, 0):
+    for (_, rows, head), is_there in Tile._chunks(block, 0):
       if is_there:
         written.append((int(rows.start), int(head)))
   wanted = [

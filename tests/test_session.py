@@ -16,9 +16,9 @@ import pytest
 import tiny
 
 from d2sd_jax import Models, Sampling, TreeConfig
-from d2sd_jax.config import DecodeConfig
 from d2sd_jax.decoding import report
 from d2sd_jax.decoding import session as session_module
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request, Session, bucket, interruptible

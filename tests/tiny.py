@@ -12,9 +12,10 @@ from gguf import quants
 from tokenizers import pre_tokenizers
 
 from d2sd_jax import Drafter, DrafterConfig, Sampling, TargetConfig, prefill
-from d2sd_jax.io import hf_tensors
+from d2sd_jax.io import hf_names
 from d2sd_jax.io.gguf_tokenizer import DEFAULT_SYSTEM
-from d2sd_jax.io.hf_tensors import LAYER_TENSORS, target_from_tensors
+from d2sd_jax.io.hf_names import LAYER_TENSORS
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.models.rope import YarnScaling, yarn_attention_factor
 
 TARGET = TargetConfig(
@@ -82,7 +83,7 @@ jit_prefill = jax.jit(prefill, static_argnames="capacity")
 def target_tensors(config, seed):
   """Random weights under Hugging Face names; rows of the head equally long."""
   rng = np.random.default_rng(seed)
-  shapes = hf_tensors.target_tensors(config)
+  shapes = hf_names.target_tensors(config)
 
   def draw(name):
     noise = rng.standard_normal(shapes[name])
@@ -90,7 +91,7 @@ def target_tensors(config, seed):
       return (1 + 0.3 * noise).astype(np.float32)
     return (0.35 * noise).astype(np.float32)
 
-  embedding, norm, head = hf_tensors.EMBEDDING, hf_tensors.NORM, hf_tensors.HEAD
+  embedding, norm, head = hf_names.EMBEDDING, hf_names.NORM, hf_names.HEAD
   tensors = {embedding: 3 * draw(embedding), norm: draw(norm)}
   names = [
     f"model.layers.{i}.{name}.weight"

@@ -12,7 +12,7 @@ from d2sd_jax.config import (
   TreeConfig,
   default_target_layer_ids,
 )
-from d2sd_jax.errors import require
+from d2sd_jax.errors import require, require_at_least
 from d2sd_jax.sharding import DATA, DECODING_AXES, TENSOR, parse_mesh
 from d2sd_jax.tensor_parallel import check_split
 
@@ -77,9 +77,7 @@ class BenchConfig:
   out: str = "results/bench.json"
 
   def __post_init__(self):
-    for field in _SIZES:
-      value = getattr(self, field)
-      require(value >= 1, field, value, "1 or more")
+    require_at_least(self, 1, *_SIZES)
     for field in ("batches", "caches", "verify_nodes"):
       chosen = getattr(self, field)
       fits = len(chosen) == len(set(chosen)) > 0 and min(chosen) > 0

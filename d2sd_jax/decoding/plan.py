@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from d2sd_jax.config import (
   COMPARED,
   ROLES,
-  DecodeConfig,
   DrafterConfig,
   TargetConfig,
   TreeConfig,
 )
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.placement import put_drafter
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request

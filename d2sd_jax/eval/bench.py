@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from d2sd_jax.config import MODES, DecodeConfig, TreeConfig
+from d2sd_jax.config import MODES, TreeConfig
+from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Answer, Request, Session
 from d2sd_jax.decoding.state import Models
-from d2sd_jax.errors import require
+from d2sd_jax.errors import require, require_at_least
 from d2sd_jax.eval import calibration, measure
 from d2sd_jax.eval.measure import Measured
 from d2sd_jax.eval.prompts import PROMPT_SETS
@@ -68,11 +69,9 @@ class LadderConfig:
     fits = 0 < len(chosen) == len(set(chosen))
     fits = fits and all(0 <= t <= 1e30 for t in chosen)
     require(fits, "temperatures", chosen, "numbers of 0 or more, each once")
-    for field, least in (
-      *(("num_prompts", 1), ("timing_prompts", 0), ("max_new_tokens", 2)),
-    ):
-      value = getattr(self, field)
-      require(value >= least, field, value, f"{least} or more")
+    require_at_least(self, 1, "num_prompts")
+    require_at_least(self, 0, "timing_prompts")
+    require_at_least(self, 2, "max_new_tokens")
 
   def decode_config(self, policy: str) -> DecodeConfig:
     """What `decode.py` would be told for one policy."""

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from d2sd_jax.config import DTYPES, DrafterConfig, TargetConfig
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.hf_folder import TensorFolder, read_json
-from d2sd_jax.io.hf_tensors import LAYER_TENSORS, layer_tensors
+from d2sd_jax.io.hf_names import LAYER_TENSORS, layer_tensors
 from d2sd_jax.io.paths import atomic_write
 from d2sd_jax.models.drafter import Drafter
 

@@ -1,8 +1,4 @@
-"""Published tensors of a target: their names, their shapes, and what they fill.
-
-Names and layouts are Hugging Face's: matrices `[out, in]`, except the experts'
-where they are not quantised.
-"""
+"""A target from its published tensors, one at a time (`hf_names`)."""
 
 import functools
 import gc
@@ -14,9 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from d2sd_jax.config import DrafterConfig, TargetConfig
+from d2sd_jax.config import TargetConfig
 from d2sd_jax.errors import UsageError
 from d2sd_jax.io import mxfp4
+from d2sd_jax.io.hf_names import (
+  EMBEDDING,
+  EXPERTS,
+  HEAD,
+  LAYER_TENSORS,
+  NORM,
+  ROUTER,
+  SINKS,
+  in_layer,
+  layer_tensors,
+  target_tensors,
+)
 from d2sd_jax.kernels.device import stores_transposed
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts
@@ -25,100 +33,11 @@ from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sharding import TENSOR
 from d2sd_jax.tensor_parallel import Share, check_split, take_rows
 
-# Name of each field of a dense layer; its biases have the same names.
-LAYER_TENSORS = {
-  "input_norm": "input_layernorm",
-  "q_proj": "self_attn.q_proj",
-  "k_proj": "self_attn.k_proj",
-  "v_proj": "self_attn.v_proj",
-  "o_proj": "self_attn.o_proj",
-  "q_norm": "self_attn.q_norm",
-  "k_norm": "self_attn.k_norm",
-  "post_norm": "post_attention_layernorm",
-  "gate_proj": "mlp.gate_proj",
-  "up_proj": "mlp.up_proj",
-  "down_proj": "mlp.down_proj",
-}
-EMBEDDING, NORM, HEAD = (
-  "model.embed_tokens.weight",
-  "model.norm.weight",
-  "lm_head.weight",
-)
-_SINKS, _ROUTER, _EXPERTS = "self_attn.sinks", "mlp.router", "mlp.experts"
 # What a device has of a tensor: which rows, as a `Share` calls them, and along
 # which axis of the tensor as it is stored; `None` is all of it.
 _Cut = tuple[str, int] | None
 _QUERIES, _KEYS, _INNER = ("query_rows", 0), ("key_rows", 0), ("inner_rows", 0)
 _HEADS, _VOCABULARY = ("heads", 0), ("vocabulary_rows", 0)
-
-
-def target_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:
-  """Name and shape of every tensor that such a target is published as."""
-  table = (config.vocab_size, config.hidden_size)
-  layer = layer_tensors(config)
-  tensors = {EMBEDDING: table, NORM: (config.hidden_size,)}
-  for i in range(config.num_layers):
-    tensors |= {_in_layer(i, name): shape for name, shape in layer.items()}
-  return tensors if config.tied_head else {**tensors, HEAD: table}
-
-
-def layer_tensors(
-  config: TargetConfig | DrafterConfig,
-) -> dict[str, tuple[int, ...]]:
-  """Name within its layer, and shape, of each tensor of one layer."""
-  c = config
-  width = c.hidden_size
-  query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-  attention = {
-    "q_proj": (query, width),
-    "k_proj": (key, width),
-    "v_proj": (key, width),
-    "o_proj": (width, query),
-  }
-  shapes = {"input_norm": (width,), "post_norm": (width,), **attention}
-  if c.qk_norm:
-    shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
-  if not c.num_experts:
-    mlp = c.intermediate_size
-    shapes |= {"gate_proj": (mlp, width), "up_proj": (mlp, width)}
-    shapes |= {"down_proj": (width, mlp)}
-  tensors = {f"{LAYER_TENSORS[k]}.weight": v for k, v in shapes.items()}
-  if c.attention_bias:
-    for field, shape in attention.items():
-      tensors[f"{LAYER_TENSORS[field]}.bias"] = shape[:1]
-  if c.sinks:
-    tensors[_SINKS] = (c.num_heads,)
-  if isinstance(c, TargetConfig) and c.num_experts:
-    tensors |= _expert_tensors(c)
-  return tensors
-
-
-def _expert_tensors(config: TargetConfig) -> dict[str, tuple[int, ...]]:
-  """Those of a layer's experts; gate and up alternate in one matrix."""
-  count, width = config.num_experts, config.hidden_size
-  mlp = config.intermediate_size
-  tensors: dict[str, tuple[int, ...]] = {
-    f"{_ROUTER}.weight": (count, width),
-    f"{_ROUTER}.bias": (count,),
-  }
-  for field, inputs, outputs in (
-    ("gate_up_proj", width, 2 * mlp),
-    ("down_proj", mlp, width),
-  ):
-    name = f"{_EXPERTS}.{field}"
-    tensors[f"{name}_bias"] = (count, outputs)
-    if config.mxfp4:
-      blocks = inputs // mxfp4.BLOCK
-      tensors[f"{name}_blocks"] = (count, outputs, blocks, mxfp4.BLOCK // 2)
-      tensors[f"{name}_scales"] = (count, outputs, blocks)
-    else:
-      tensors[name] = (count, inputs, outputs)
-  return tensors
-
-
-def _in_layer(layer: int, name: str) -> str:
-  """The whole name of a layer's tensor."""
-  return f"model.layers.{layer}.{name}"
 
 
 def target_from_tensors(
@@ -340,11 +259,11 @@ class _Reader:
       if sources[0][0] not in names:
         return None
       read = self.matrix if len(names[sources[0][0]]) == 2 else self.weight
-      return read(*((_in_layer(i, name), cut) for name, cut in sources))
+      return read(*((in_layer(i, name), cut) for name, cut in sources))
 
     heads = [("q_proj", _QUERIES), ("k_proj", _KEYS), ("v_proj", _KEYS)]
     norms = ("input_norm", "q_norm", "k_norm", "post_norm")
-    sinks = (_in_layer(i, _SINKS), _HEADS)
+    sinks = (in_layer(i, SINKS), _HEADS)
     return LayerWeights(
       **{name: weight((name, None)) for name in norms},
       qkv_proj=weight(*heads),
@@ -359,8 +278,8 @@ class _Reader:
 
   def _experts(self, i: int) -> Experts:
     """The experts of layer i, gate and up apart."""
-    stem = _in_layer(i, _EXPERTS)
-    router = _in_layer(i, _ROUTER)
+    stem = in_layer(i, EXPERTS)
+    router = in_layer(i, ROUTER)
     gate, up = _halves(self._expert_matrices(f"{stem}.gate_up_proj"))
     bias = f"{stem}.gate_up_proj_bias"
     gate_bias, up_bias = _halves(self._on_one_device(bias).astype(self._dtype))

@@ -30,7 +30,7 @@ from d2sd_jax.io.hf_folder import (
   TensorFolder,
   read_json,
 )
-from d2sd_jax.io.hf_tensors import target_tensors
+from d2sd_jax.io.hf_names import target_tensors
 from d2sd_jax.io.models import DEFAULT_TARGET, target_path
 from d2sd_jax.io.paths import find_checkpoint, user_path
 

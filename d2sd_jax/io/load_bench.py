@@ -38,7 +38,8 @@ from d2sd_jax.io.hf_folder import (
   TensorFolder,
   read_json,
 )
-from d2sd_jax.io.hf_tensors import target_from_tensors, target_tensors
+from d2sd_jax.io.hf_names import target_tensors
+from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.io.models import load_target
 from d2sd_jax.io.paths import atomic_write, user_path
 from d2sd_jax.models.drafter import Drafter, FusedDrafter

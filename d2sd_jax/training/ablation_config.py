@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from d2sd_jax import cli
 from d2sd_jax.config import TreeConfig, from_mapping
-from d2sd_jax.errors import UsageError, require
+from d2sd_jax.errors import UsageError, require, require_at_least
 from d2sd_jax.io.drafter_format import read_drafter_config
 from d2sd_jax.io.models import read_target_config
 from d2sd_jax.io.paths import find_checkpoint
@@ -64,12 +64,9 @@ class AblationConfig:
   out: str = "results/ablation.json"
 
   def __post_init__(self):
-    for field, least in (
-      *(("num_prompts", 1), ("decode_batch_size", 1)),
-      *(("max_new_tokens", 2), ("num_branches", 0)),
-    ):
-      value = getattr(self, field)
-      require(value >= least, field, value, f"{least} or more")
+    require_at_least(self, 1, "num_prompts", "decode_batch_size")
+    require_at_least(self, 2, "max_new_tokens")
+    require_at_least(self, 0, "num_branches")
     for field in ("arms", "decodings"):
       for name, changes in getattr(self, field).items():
         fits = isinstance(name, str) and bool(_NAME.fullmatch(name))

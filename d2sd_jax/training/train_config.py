@@ -3,7 +3,7 @@
 import dataclasses
 
 from d2sd_jax.config import DTYPES, ROLES, check_batch
-from d2sd_jax.errors import require
+from d2sd_jax.errors import require_at_least, require_fields
 from d2sd_jax.sharding import BATCH_AXES
 
 SLOT_WEIGHTINGS = ("exponential", "d_pace")
@@ -77,14 +77,12 @@ class TrainConfig:
   checkpoint_every: int = 500
 
   def __post_init__(self):
-    for field in (
-      *("num_layers", "num_anchors", "batch_size", "num_steps"),
+    require_at_least(
+      *(self, 1, "num_layers", "num_anchors", "batch_size", "num_steps"),
       *("log_every", "eval_every", "eval_sequences", "checkpoint_every"),
-    ):
-      require(
-        getattr(self, field) >= 1, field, getattr(self, field), "1 or more"
-      )
-    for field, ok, expected in (
+    )
+    require_fields(
+      self,
       ("role", self.role in ROLES, f"one of {', '.join(ROLES)}"),
       ("block_size", self.block_size >= 2, "at least 2"),
       (
@@ -131,6 +129,5 @@ class TrainConfig:
       ),
       ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
       ("seed", 0 <= self.seed < 2**32, "0 to 2^32-1"),
-    ):
-      require(ok, field, getattr(self, field), expected)
+    )
     check_batch(self, BATCH_AXES)
