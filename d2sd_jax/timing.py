@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from d2sd_jax.decoding.placement import WHOLE, spread
+from d2sd_jax.kernels.device import compiler_options
 
 # Takes models, what the step before returned, and inputs that stay.
 Step = Callable[[Any, Any, Any], Any]
@@ -133,7 +134,9 @@ def time_step(
   everywhere = spread(loop, mesh, (*specs, WHOLE), specs[1])
   compiling = jax.jit(everywhere, donate_argnums=1)
   start = time.perf_counter()
-  program = compiling.lower(models, carry, inputs, counted(1)).compile()
+  program = compiling.lower(models, carry, inputs, counted(1)).compile(
+    compiler_options=compiler_options(mesh)
+  )
   compile_seconds = time.perf_counter() - start
 
   def call(steps: int) -> float:

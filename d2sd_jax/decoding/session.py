@@ -25,6 +25,7 @@ from d2sd_jax.decoding.state import (
   state_specs,
 )
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
+from d2sd_jax.kernels.device import compiler_options
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.target import LlamaTarget
 from d2sd_jax.sampling import Sampling
@@ -239,7 +240,8 @@ class Session:
     # Of jax 0.11's CPU compiler, programs for several devices crash each other.
     simulated = self.models.mesh is not None and jax.default_backend() == "cpu"
     at_once = 1 if simulated else 2
-    compiled = interruptible(lambda: _compile_all(lowered, at_once))
+    options = compiler_options(self.models.mesh)
+    compiled = interruptible(lambda: _compile_all(lowered, at_once, options))
     return dict(zip(sizes, compiled[1:], strict=True)), compiled[0]
 
   def _state_shapes(self, state: Any) -> DecodeState:
@@ -300,10 +302,13 @@ class Session:
     return (self.models, *rows, stop_ids, self.sampling)
 
 
-def _compile_all(lowered: Sequence[Any], at_once: int) -> list[Any]:
+def _compile_all(
+  lowered: Sequence[Any], at_once: int, options: dict[str, Any]
+) -> list[Any]:
   """Compiles so many programs at a time."""
+  compiled = lambda program: program.compile(compiler_options=options)
   with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-    return list(pool.map(lambda program: program.compile(), lowered))
+    return list(pool.map(compiled, lowered))
 
 
 def bucket(size: int) -> int:

@@ -228,21 +228,28 @@ def _block(*refs, plan, first, windowed, merged):
   outputs = refs[count : count + (1 if merged else 2)]
   scratch = _Scratch(*refs[count + len(outputs) :])
   warpgroup = lax.axis_index("warpgroup")
-  steps = _steps(operands, plan, windowed)
-
   fewer, more = _REGISTERS.get(plan.warpgroups, (None, None))
 
   @pl.when(warpgroup == plan.warpgroups)
   def _load():
     if fewer:
       plgpu.set_max_registers(fewer, action="decrease")
-    _load_tiles(operands, scratch, steps, plan, first)
+    _load_tiles(operands, scratch, plan, first, windowed)
 
   @pl.when(warpgroup < plan.warpgroups)
   def _compute():
     if more:
       plgpu.set_max_registers(more, action="increase")
-    Tile(operands, scratch, plan, first, windowed).run(steps, outputs)
+    tile = Tile(operands, scratch, plan, first, windowed)
+    # What needs no bounds goes first: a look into memory takes a microsecond.
+    tile.fetch()
+    tile.run(_steps(operands, plan, windowed), outputs)
+
+
+def _local_steps(operands, plan):
+  """Tiles of local keys; the last split has them, and the fewest others."""
+  tiles = pl.cdiv(operands.local_keys.shape[1], plan.block_keys)
+  return jnp.where(lax.axis_index("split") == plan.splits - 1, tiles, 0)
 
 
 def _steps(operands, plan, windowed):
@@ -261,13 +268,10 @@ def _steps(operands, plan, windowed):
   last = jnp.minimum(first + share, high)
   whole = jnp.clip(up(most_low), first, last) if windowed else first
   partial = jnp.clip(lax.div(least_high, width), whole, last)
-  local = pl.cdiv(operands.local_keys.shape[1], plan.block_keys)
-  # The last split has the fewest tiles.
-  local = jnp.where(split == plan.splits - 1, local, 0)
-  return _Steps(local, first, whole, partial, last)
+  return _Steps(_local_steps(operands, plan), first, whole, partial, last)
 
 
-def _load_tiles(operands, scratch, steps, plan, first):
+def _load_tiles(operands, scratch, plan, first, windowed):
   """Streams the block's tiles: a slot is filled again once all have read it."""
   batch, head = lax.axis_index("batch"), lax.axis_index("head")
   width = plan.block_keys
@@ -285,7 +289,7 @@ def _load_tiles(operands, scratch, steps, plan, first):
     fill(keys, scratch.keys, scratch.keys_ready, scratch.keys_free)
     fill(values, scratch.values, scratch.values_ready, scratch.values_free)
 
-  @pl.loop(0, steps.local)
+  @pl.loop(0, _local_steps(operands, plan))
   def _local(step):
     nodes = pl.ds(step * width, width)
     load(
@@ -293,6 +297,8 @@ def _load_tiles(operands, scratch, steps, plan, first):
       operands.local_keys.at[batch, nodes, first.keys + head],
       operands.local_values.at[batch, nodes, first.values + head],
     )
+
+  steps = _steps(operands, plan, windowed)
 
   @pl.loop(steps.first, steps.last)
   def _prefix(tile):

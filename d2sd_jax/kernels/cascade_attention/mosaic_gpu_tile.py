@@ -43,14 +43,20 @@ class Tile:
     self.tile = block * plan.warpgroups + self.warpgroup
     self.rows = pl.ds(self.tile * ROWS, ROWS)
 
-  def run(self, steps, outputs):
-    """Attends to all of `steps` and writes what the block leaves."""
-    ready = self.scratch.query_ready.at[self.warpgroup]
+  def fetch(self):
+    """Sends for the queries, and for what they see of the prefix."""
     for i, (chunk, _) in enumerate(self._chunks(self.first.query)):
       plgpu.copy_gmem_to_smem(
-        self.operands.query.at[chunk], self._query(i), ready
+        self.operands.query.at[chunk],
+        self._query(i),
+        self.scratch.query_ready.at[self.warpgroup],
       )
-    plgpu.barrier_wait(ready)
+    self.starts = self._row(0) if self.windowed else None
+    self.ends = self._row(1)
+
+  def run(self, steps, outputs):
+    """Attends to all of `steps` and writes what the block leaves."""
+    plgpu.barrier_wait(self.scratch.query_ready.at[self.warpgroup])
     state = (
       _full((ROWS, self.head_dim), 0.0, _FLOAT_TILE),
       _full((ROWS,), LOWEST, _ROW),
@@ -87,7 +93,10 @@ class Tile:
 
   def _local(self, step, state):
     """The local keys; those a row may not see are cleared in its words."""
-    return self._attend(state, step, lambda: self._local_mask(step))
+    count = self.plan.block_keys // MASK_BITS
+    # Sent for before the keys are waited for.
+    words = [self._row(2 + step * count + i) for i in range(count)]
+    return self._attend(state, step, lambda: self._local_mask(words))
 
   def _prefix(self, shift, masked, tile, state):
     """A tile of the prefix, the `shift + tile`-th step of this block."""
@@ -174,22 +183,18 @@ class Tile:
   def _prefix_mask(self, tile):
     shape = (ROWS, self.plan.block_keys)
     # Rows move by the tile, not keys: that keeps fewer registers alive.
-    row = lambda index: _across(
-      self._row(index) - tile * self.plan.block_keys, shape
-    )
-    mask = _iota(shape, 1) < row(1)
+    moved = lambda row: _across(row - tile * self.plan.block_keys, shape)
+    mask = _iota(shape, 1) < moved(self.ends)
     if self.windowed:
-      mask = mask & (_iota(shape, 1) >= row(0))
+      mask = mask & (_iota(shape, 1) >= moved(self.starts))
     return mask
 
-  def _local_mask(self, step):
+  def _local_mask(self, words):
     shape = (ROWS, self.plan.block_keys)
-    words = self.plan.block_keys // MASK_BITS
     key = _iota(shape, 1)
     mask = jnp.int32(0)
-    for i in range(words):
-      word = _across(self._row(2 + step * words + i), shape)
-      mask = jnp.where(key >= i * MASK_BITS, word, mask)
+    for i, word in enumerate(words):
+      mask = jnp.where(key >= i * MASK_BITS, _across(word, shape), mask)
     bit = lax.shift_right_logical(mask, key & (MASK_BITS - 1)) & 1
     return bit != 0
 
@@ -209,13 +214,21 @@ class Tile:
         )
         pl.when(is_there)(copy)
     else:
-      at = lax.axis_index("split"), self.batch, self.head, self.rows
-      outputs[0].at[at][...] = output
-      logs = self.scratch.logs.at[self.warpgroup]
-      logs[...] = jnp.where(some, top + jnp.log2(total), UNSEEN)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(logs, outputs[1].at[at])
-    plgpu.wait_smem_to_gmem(0)
+      # A block's last tiles may hold no node; nothing reads what they leave.
+      nodes = self.operands.query.shape[1]
+      is_there = self.tile * CHUNKS < self.first.chunks(nodes)
+
+      @pl.when(is_there)
+      def _split():
+        at = lax.axis_index("split"), self.batch, self.head, self.rows
+        outputs[0].at[at][...] = output
+        logs = self.scratch.logs.at[self.warpgroup]
+        logs[...] = jnp.where(some, top + jnp.log2(total), UNSEEN)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(logs, outputs[1].at[at])
+
+    # The kernel's end waits for the writes themselves.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _product(left, right, shape):
