@@ -291,6 +291,9 @@ def test_plans_of_the_shapes_that_matter():
   assert (plan.warpgroups, plan.blocks, plan.splits) == (1, 1, 16)
   plan = mosaic_gpu.choose_plan(320, 8, 8192, 128)
   assert (plan.warpgroups, plan.blocks, plan.splits) == (3, 2, 8)
+  # A short cache: the more rows, the dearer are the splits to merge.
+  for rows, splits in ((32, 8), (64, 8), (256, 4), (320, 4)):
+    assert mosaic_gpu.choose_plan(rows, 8, 1024, 128).splits == splits
   # Many rows: no split, so nothing is merged.
   assert mosaic_gpu.choose_plan(320, 64, 4096, 128).splits == 1
   assert mosaic_gpu.choose_plan(3, 2048 * 3, 512, 64).splits == 1

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -23,10 +24,12 @@ from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.session import Request, Session, bucket, interruptible
 from d2sd_jax.io.tokenizer import TextStream
+from d2sd_jax.kernels import device
 from d2sd_jax.tree import ANCHOR, RE_DRAFT
 
 TREE = TreeConfig(block_size=5, num_branches=2)
 LIMIT = 17
+_SCHEDULING = ("xla_gpu_command_buffer_scheduling_mode",)
 # Pairwise different lengths; the last batch of two has one row to spare.
 PROMPTS = ((3, 9, 4), (60, 1, 2, 33, 7, 5, 11), (8, 40, 21, 6, 13))
 REQUESTS = [Request(sequence_id=i, tokens=p) for i, p in enumerate(PROMPTS)]
@@ -47,6 +50,22 @@ class FakeTokenizer:
   def decode(self, ids):
     stream = self.stream()
     return stream.push(ids) + stream.flush()
+
+
+@pytest.mark.parametrize(
+  ("platform", "alone", "count"),
+  [("gpu", True, 1), ("gpu", False, 0), ("tpu", True, 0), ("cpu", True, 0)],
+)
+def test_what_xla_is_told_it_knows(monkeypatch, platform, alone, count):
+  there = types.SimpleNamespace(platform=platform)
+  monkeypatch.setattr(device, "target_device", lambda: there)
+  options = device.compiler_options(alone=alone)
+  assert len(options) == count
+  # XLA refuses names and values that it does not know, whatever the device.
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  assert lowered.compile(compiler_options=options)(1.0) == 2.0
+  with pytest.raises(Exception, match="enum"):
+    lowered.compile(compiler_options=dict.fromkeys(_SCHEDULING, "ANYHOW"))
 
 
 @functools.cache

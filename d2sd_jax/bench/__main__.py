@@ -34,6 +34,7 @@ from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require
 from d2sd_jax.io.paths import check_output
 from d2sd_jax.kernels.cascade_attention import bench as op
+from d2sd_jax.kernels.device import compiler_options
 from d2sd_jax.sharding import DECODING_AXES, TENSOR, make_mesh
 from d2sd_jax.tensor_parallel import Share
 from d2sd_jax.timing import Timing, time_step
@@ -137,6 +138,7 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
     "versions": versions(),
     # They may choose other kernels, such as those of sums over devices.
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    "compiler_options": compiler_options(alone=config.mesh is None),
     "config": {**sizes, "dtype": config.dtype_name},
   }
 

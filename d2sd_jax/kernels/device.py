@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh
 
 from d2sd_jax.typing import Array
 
@@ -44,16 +43,16 @@ def stores_transposed() -> bool:
   return target_device().platform in GPUS
 
 
-def compiler_options(mesh: Mesh | None = None) -> dict[str, Any]:
-  """What XLA should be told where decoding is compiled.
+def compiler_options(*, alone: bool) -> dict[str, Any]:
+  """What XLA is told where decoding is compiled.
 
-  On one GPU, that kernels of a CUDA graph that do not need each other may run
-  at once: a cycle of small kernels takes 5 % less (docs/performance.md).
+  On one GPU, that kernels of a CUDA graph that do not need each other may
+  overlap: a cycle of small kernels takes 5 % less (docs/performance.md).
 
   Args:
-    mesh: of the program; `None` is one device.
+    alone: whether the program is of one device.
   """
-  if mesh is not None or target_device().platform not in GPUS:
+  if not alone or target_device().platform not in GPUS:
     return {}
   return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 

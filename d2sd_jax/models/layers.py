@@ -183,10 +183,16 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
   # Queries and keys in one go: each step is a launch. Without norms the values
-  # too, though none is read, for to leave them out is one more.
+  # go along, as they are: to leave them out is one more, and where XLA splits
+  # the product's sum, so is to end it for them apart.
   norms = _norms_of_heads(weights, num_heads, num_rotated)
-  rotated = heads if norms is None else heads[..., :num_rotated, :]
-  rotated = norm_and_rotate(rotated, norms, positions, config)
+  if norms is None:
+    is_value = jnp.arange(heads.shape[-2])[:, None] >= num_rotated
+    rotated = norm_and_rotate(heads, None, positions, config)
+    heads = rotated = jnp.where(is_value, heads, rotated)
+  else:
+    rotated = heads[..., :num_rotated, :]
+    rotated = norm_and_rotate(rotated, norms, positions, config)
   return (
     Heads(array=rotated, first=0, count=num_heads),
     Heads(array=rotated, first=num_heads, count=num_kv_heads),
