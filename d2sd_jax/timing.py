@@ -135,7 +135,7 @@ def time_step(
   compiling = jax.jit(everywhere, donate_argnums=1)
   start = time.perf_counter()
   program = compiling.lower(models, carry, inputs, counted(1)).compile(
-    compiler_options=compiler_options(alone=mesh is None)
+    compiler_options=compiler_options(one_device=mesh is None)
   )
   compile_seconds = time.perf_counter() - start
 

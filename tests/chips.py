@@ -140,8 +140,8 @@ def make_layer(sizes):
     input_norm=zeros(width),
     qkv_proj=matrix(width, width + 2 * key),
     o_proj=matrix(width, width),
-    q_norm=zeros(head),
-    k_norm=zeros(head),
+    q_norm=zeros(head) if sizes is not SMOLLM2_135M else None,
+    k_norm=zeros(head) if sizes is not SMOLLM2_135M else None,
     post_norm=zeros(width),
     gate_up_proj=matrix(width, 2 * mlp),
     down_proj=matrix(mlp, width),
@@ -151,7 +151,10 @@ def make_layer(sizes):
 def make_models(num_layers, sizes):
   """A target of as many layers, and two drafters of five."""
   target = TargetConfig(
-    num_layers=num_layers, tied_head=False, qk_norm=True, **sizes
+    num_layers=num_layers,
+    tied_head=False,
+    qk_norm=sizes is not SMOLLM2_135M,
+    **sizes,
   )
   drafter = DrafterConfig(
     num_layers=DRAFTER_LAYERS,

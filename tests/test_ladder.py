@@ -121,7 +121,7 @@ def test_rows_are_added_and_never_lost(run, tmp_path, capsys):
   assert (row["policy"], row["set"]) == ("ar", "aime25")
   assert row["ms_per_token"] > 0
   assert row["speedup"] == 1.0
-  assert "| `d2sd` |" in out.with_suffix(".md").read_text()
+  assert "| `d2sd`, 1 of 2 sets |" in out.with_suffix(".md").read_text()
   assert sorted(p.name for p in out.parent.iterdir()) == ["r.json", "r.md"]
 
   before = out.read_bytes()
@@ -437,6 +437,24 @@ def test_means_are_unweighted_and_greedy_first():
   assert [entry["alpha"] for entry in head["more"]] == [8.0, 9.0]
   assert not head["more"][0]["identical"]
   assert "more" not in found["ar"]
+
+
+def test_means_of_fewer_sets_are_named_in_the_table():
+  rows = [_row(name, "dflash") for name in "ab"]
+  rows += [_row(name, "d2sd", alpha_cut=3.0) for name in "ab"]
+  rows.append(_row("b", "d2sd_3", alpha_cut=6.0))
+  meta = {"target": {"name": "tiny"}, "device": "cpu", "settings": {}}
+  table = results.markdown({"meta": meta, "rows": rows})
+  ratios = [
+    tuple(line.split(" | ")[i] for i in (0, 2))
+    for line in table.splitlines()
+    if "1.25, 1.75" in line and "of `dflash`" not in line
+  ]
+  assert ratios == [
+    ("| `dflash`", "1.00"),
+    ("| `d2sd`", "2.00"),
+    ("| `d2sd_3`, 1 of 2 sets", "-"),
+  ]
 
 
 def _results_file(tmp_path):

@@ -106,11 +106,13 @@ def test_sizes_and_plans(interpreted, sizes, plan):
   _check(interpreted(arrays, options, _plan(**plan)), arrays, options)
 
 
-def _side_by_side(arrays):
-  """Queries and keys in one array, values behind others in another."""
+def _side_by_side(arrays, apart=True):
+  """Queries and keys in one array; values behind others in another, or too."""
   query, *prefix, keys, values = arrays
   rotated = jnp.concatenate([query, keys], axis=3)
   raw = jnp.concatenate([rotated * jnp.nan, values], axis=3)
+  if not apart:
+    rotated = raw = jnp.concatenate([rotated, values], axis=3)
   heads, kv_heads = query.shape[3], keys.shape[3]
   return [
     Heads(array=rotated, first=0, count=heads),
@@ -125,7 +127,7 @@ def _side_by_side(arrays):
 @pytest.mark.parametrize("splits", [1, 2])
 def test_heads_are_read_where_they_lie(interpreted, sizes, splits):
   arrays, options = _inputs(batch=2, **sizes)
-  together = _side_by_side(arrays)
+  together = _side_by_side(arrays, apart=splits == 1)
   got = interpreted(together, options, _plan(splits=splits, blocks=2))
   _check(got, arrays, options)
 
@@ -294,6 +296,8 @@ def test_plans_of_the_shapes_that_matter():
   # A short cache: the more rows, the dearer are the splits to merge.
   for rows, splits in ((32, 8), (64, 8), (256, 4), (320, 4)):
     assert mosaic_gpu.choose_plan(rows, 8, 1024, 128).splits == splits
+  # Of few key heads, as a device of a mesh has, more: there is room.
+  assert mosaic_gpu.choose_plan(320, 2, 4096, 128).splits == 22
   # Many rows: no split, so nothing is merged.
   assert mosaic_gpu.choose_plan(320, 64, 4096, 128).splits == 1
   assert mosaic_gpu.choose_plan(3, 2048 * 3, 512, 64).splits == 1

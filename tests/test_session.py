@@ -12,11 +12,12 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from d2sd_jax import Models, Sampling, TreeConfig
+from d2sd_jax import Models, Sampling, TreeConfig, timing
 from d2sd_jax.decoding import report
 from d2sd_jax.decoding import session as session_module
 from d2sd_jax.decoding.decode_config import DecodeConfig
@@ -29,7 +30,7 @@ from d2sd_jax.tree import ANCHOR, RE_DRAFT
 
 TREE = TreeConfig(block_size=5, num_branches=2)
 LIMIT = 17
-_SCHEDULING = ("xla_gpu_command_buffer_scheduling_mode",)
+_TOLD = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 # Pairwise different lengths; the last batch of two has one row to spare.
 PROMPTS = ((3, 9, 4), (60, 1, 2, 33, 7, 5, 11), (8, 40, 21, 6, 13))
 REQUESTS = [Request(sequence_id=i, tokens=p) for i, p in enumerate(PROMPTS)]
@@ -53,19 +54,79 @@ class FakeTokenizer:
 
 
 @pytest.mark.parametrize(
-  ("platform", "alone", "count"),
-  [("gpu", True, 1), ("gpu", False, 0), ("tpu", True, 0), ("cpu", True, 0)],
+  ("platform", "one_device", "flags", "expected"),
+  [
+    ("gpu", True, "", _TOLD),
+    ("gpu", True, "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", {}),
+    ("gpu", False, "", {}),
+    ("tpu", True, "", {}),
+    ("cpu", True, "", {}),
+  ],
 )
-def test_what_xla_is_told_it_knows(monkeypatch, platform, alone, count):
+def test_what_xla_is_told(monkeypatch, platform, one_device, flags, expected):
   there = types.SimpleNamespace(platform=platform)
   monkeypatch.setattr(device, "target_device", lambda: there)
-  options = device.compiler_options(alone=alone)
-  assert len(options) == count
-  # XLA refuses names and values that it does not know, whatever the device.
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  assert device.compiler_options(one_device=one_device) == expected
+
+
+def test_xla_knows_what_it_is_told():
+  # It refuses names and values that it does not know, whatever the device.
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
-  assert lowered.compile(compiler_options=options)(1.0) == 2.0
-  with pytest.raises(Exception, match="enum"):
-    lowered.compile(compiler_options=dict.fromkeys(_SCHEDULING, "ANYHOW"))
+  assert lowered.compile(compiler_options=_TOLD)(1.0) == 2.0
+  with pytest.raises(Exception, match="not a valid enum"):
+    lowered.compile(compiler_options=dict.fromkeys(_TOLD, "ANYHOW"))
+
+
+def _time_a_step():
+  step = lambda models, carry, inputs: carry + 1
+  timing.time_step(step, None, jnp.int32(0), None, repeats=1, seconds=0.01)
+
+
+@pytest.mark.parametrize(
+  ("module", "compiling"),
+  [
+    (session_module, lambda: compiled_session.__wrapped__("ar", 1)),
+    (timing, _time_a_step),
+  ],
+)
+def test_programs_are_compiled_with_it(monkeypatch, module, compiling):
+  options = {"no_such_option": "1"}
+  monkeypatch.setattr(module, "compiler_options", lambda one_device: options)
+  with pytest.raises(Exception, match="no_such_option"):
+    compiling()
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_change_nothing(monkeypatch):
+  """In bfloat16, with the kernels of Hopper in the graphs."""
+  sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 64}
+  config = dataclasses.replace(tiny.TARGET, **sizes)
+  narrow = lambda x: x.astype(jnp.bfloat16)
+  models = Models(
+    target=jax.tree.map(narrow, tiny.target(config=config)),
+    drafters=tuple(
+      jax.tree.map(narrow, tiny.drafter(dataclasses.replace(d, **sizes)).fuse())
+      for d in (tiny.DFLASH, tiny.VP)
+    ),
+  )
+
+  def answers():
+    session = Session(
+      models,
+      REQUESTS,
+      Sampling.create(0.0),
+      mode="d2sd",
+      tree=TREE,
+      max_new_tokens=LIMIT,
+      stop_ids=(),
+    )
+    assert session.implementation == "mosaic_gpu"
+    return [session.decode([request])[0].tokens for request in REQUESTS]
+
+  overlapping = answers()
+  monkeypatch.setattr(session_module, "compiler_options", lambda **_: {})
+  assert answers() == overlapping
 
 
 @functools.cache

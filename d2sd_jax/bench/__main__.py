@@ -133,12 +133,13 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
   else:
     axes = config.mesh_sizes.items()
     sizes["mesh"] = ",".join(f"{axis}:{size}" for axis, size in axes)
+  options = compiler_options(one_device=config.mesh is None)
   return {
     "device": jax.devices()[0].device_kind,
     "versions": versions(),
     # They may choose other kernels, such as those of sums over devices.
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    "compiler_options": compiler_options(alone=config.mesh is None),
+    **({"compiler_options": options} if options else {}),
     "config": {**sizes, "dtype": config.dtype_name},
   }
 

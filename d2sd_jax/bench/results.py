@@ -18,7 +18,8 @@ class Results:
 
   Attributes:
     path: of the file.
-    identity: `device`, `versions` and `config` of the rows being measured.
+    identity: `device`, `versions`, `config` and what XLA was told, of the rows
+      being measured.
     rows: all of them, other identities' as well.
   """
 

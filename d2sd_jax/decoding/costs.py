@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from d2sd_jax import __version__
 from d2sd_jax.boundary import token_confidence
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.io.paths import atomic_write, cache_dir
+from d2sd_jax.kernels.device import compiler_options
 from d2sd_jax.models.cache import append
 from d2sd_jax.sampling import Sampling
 from d2sd_jax.timing import time_step
@@ -107,12 +109,16 @@ def _from_json(row: Mapping[str, Any]) -> CostTable:
 
 
 def _key(models: Models, batch: int, capacity: int) -> str:
-  """Device, versions and shapes: all that times depend on."""
+  """Device, versions, shapes and what XLA is told: what times depend on."""
   device = jax.devices()[0]
+  told = compiler_options(one_device=True), os.environ.get("XLA_FLAGS", "")
   sizes = (_shapes(models), batch, capacity, VERIFY_SIZES, DRAFT_SIZES)
-  digest = hashlib.sha256(repr(sizes).encode()).hexdigest()[:16]
-  kind = f"{device.device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
-  return f"{kind}, {digest}"
+  digest = hashlib.sha256(repr((sizes, told)).encode()).hexdigest()[:16]
+  parts = (
+    *(device.device_kind, f"{os.cpu_count()} cores"),
+    *(f"jax {jax.__version__}", f"d2sd {__version__}", digest),
+  )
+  return ", ".join(parts)
 
 
 def _shapes(model: Any) -> str:

@@ -240,7 +240,7 @@ class Session:
     # Of jax 0.11's CPU compiler, programs for several devices crash each other.
     simulated = self.models.mesh is not None and jax.default_backend() == "cpu"
     at_once = 1 if simulated else 2
-    options = compiler_options(alone=self.models.mesh is None)
+    options = compiler_options(one_device=self.models.mesh is None)
     compiled = interruptible(lambda: _compile_all(lowered, at_once, options))
     return dict(zip(sizes, compiled[1:], strict=True)), compiled[0]
 

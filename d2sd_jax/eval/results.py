@@ -150,7 +150,7 @@ def _tables(rows: Sequence[Row]) -> list[str]:
   averages = means(rows)
   alphas = [
     [
-      f"`{policy}`",
+      _named(policy, mean, sets),
       alpha_cell(mean),
       _ratio(mean, averages.get("dflash")),
       *(alpha_cell(cells.get((policy, name))) for name in sets),
@@ -159,7 +159,7 @@ def _tables(rows: Sequence[Row]) -> list[str]:
   ]
   costs = [
     [
-      f"`{policy}`",
+      _named(policy, mean, sets),
       number(mean["nodes"], 1),
       number(mean["ms_per_token"]),
       number(mean["speedup"]),
@@ -175,7 +175,17 @@ def _tables(rows: Sequence[Row]) -> list[str]:
   ]
 
 
+def _named(policy: str, mean: Row, sets: Sequence[str]) -> str:
+  """The policy, and how many sets its means are of where some are missing."""
+  measured, count = len(mean["sets"]), len(sets)
+  return f"`{policy}`" + (
+    f", {measured} of {count} sets" if measured < count else ""
+  )
+
+
 def _ratio(mean: Row, base: Row | None) -> str:
-  if not base or not base["alpha_cut"] or mean["alpha_cut"] is None:
+  if not base or {*base["sets"]} != {*mean["sets"]}:
+    return "-"  # Means of other sets.
+  if not base["alpha_cut"] or mean["alpha_cut"] is None:
     return "-"
   return f"{mean['alpha_cut'] / base['alpha_cut']:.2f}"

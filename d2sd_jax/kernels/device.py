@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from d2sd_jax.typing import Array
 
 # What JAX calls them, by release and maker.
 GPUS = ("cuda", "gpu", "rocm")
+_SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -43,18 +45,20 @@ def stores_transposed() -> bool:
   return target_device().platform in GPUS
 
 
-def compiler_options(*, alone: bool) -> dict[str, Any]:
+def compiler_options(*, one_device: bool) -> dict[str, Any]:
   """What XLA is told where decoding is compiled.
 
   On one GPU, that kernels of a CUDA graph that do not need each other may
-  overlap: a cycle of small kernels takes 5 % less (docs/performance.md).
+  overlap: a cycle of small kernels takes 5 % less (docs/performance.md). Said
+  otherwise in `XLA_FLAGS`, that holds.
 
   Args:
-    alone: whether the program is of one device.
+    one_device: whether the program is of one device alone.
   """
-  if not alone or target_device().platform not in GPUS:
+  gpu = one_device and target_device().platform in GPUS
+  if not gpu or _SCHEDULING in os.environ.get("XLA_FLAGS", ""):
     return {}
-  return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+  return {_SCHEDULING: "CONCURRENT"}
 
 
 def in_hbm(x: Array) -> Array:

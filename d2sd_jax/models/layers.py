@@ -182,21 +182,21 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
-  # Queries and keys in one go: each step is a launch. Without norms the values
-  # go along, as they are: to leave them out is one more, and where XLA splits
-  # the product's sum, so is to end it for them apart.
+  # Queries and keys in one go: each step is a launch.
   norms = _norms_of_heads(weights, num_heads, num_rotated)
   if norms is None:
+    # Values go along, as they are: to leave them out is one launch more, and
+    # XLA would end a product that it splits twice, for these and for those.
     is_value = jnp.arange(heads.shape[-2])[:, None] >= num_rotated
     rotated = norm_and_rotate(heads, None, positions, config)
-    heads = rotated = jnp.where(is_value, heads, rotated)
+    rotated = values = jnp.where(is_value, heads, rotated)
   else:
-    rotated = heads[..., :num_rotated, :]
+    rotated, values = heads[..., :num_rotated, :], heads
     rotated = norm_and_rotate(rotated, norms, positions, config)
   return (
     Heads(array=rotated, first=0, count=num_heads),
     Heads(array=rotated, first=num_heads, count=num_kv_heads),
-    Heads(array=heads, first=num_rotated, count=num_kv_heads),
+    Heads(array=values, first=num_rotated, count=num_kv_heads),
   )
 
 

@@ -29,6 +29,7 @@ from d2sd_jax.kernels.cascade_attention import (
   cascade_attention,
   mosaic_gpu,
 )
+from d2sd_jax.kernels.device import compiler_options
 from d2sd_jax.typing import Array
 
 PROGRAM = "-m d2sd_jax.kernels.cascade_attention.bench"
@@ -199,7 +200,9 @@ def measure(
   sets = [operands(shape, dtype, i) for i in range(min(need + 1, MAX_SETS))]
   ends = jnp.full((shape.batch,), shape.used, jnp.int32)
 
-  @jax.jit
+  @functools.partial(
+    jax.jit, compiler_options=compiler_options(one_device=True)
+  )
   def loop(query, others, ends, count):
     def once(_, query):
       for arrays in others:

@@ -238,7 +238,9 @@ def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
     blocks=blocks,
     block_keys=block_keys,
     stages=stages,
-    splits=_splits(pairs * blocks, steps, blocks * warpgroups * head_dim),
+    splits=_splits(
+      pairs * blocks, steps, pairs * blocks * warpgroups * head_dim
+    ),
   )
 
 
@@ -258,22 +260,23 @@ def most_stages(
   return room // (4 * block_keys * head_dim)
 
 
-def _splits(blocks: int, steps: int, width: int) -> int:
+def _splits(blocks: int, steps: int, left: int) -> int:
   """Splits of a prefix of so many steps, for the least time by a simple count.
 
   A wave of blocks takes the steps of a split, and about as long as two more to
-  begin and to end; what splits leave behind takes time to write and to merge.
-  Fitted to an H200's times (docs/performance.md).
+  begin and to end; what splits leave behind takes time to write and to merge,
+  half a step and one for each 10,240 numbers of a row of tiles: so it was on an
+  H200 (docs/performance.md).
 
   Args:
     blocks: without splits.
     steps: of the whole prefix.
-    width: numbers that a split leaves of each row of its tiles.
+    left: numbers that a split leaves of one row of each of its tiles.
   """
 
   def time(splits):
     waves = -(-blocks * splits // MULTIPROCESSORS)
-    merge = 0.5 + splits * width / 1280 if splits > 1 else 0
+    merge = 0.5 + splits * left / 10240 if splits > 1 else 0
     return waves * (-(-steps // splits) + 2) + merge
 
   return min(range(1, min(steps, 32) + 1), key=time)

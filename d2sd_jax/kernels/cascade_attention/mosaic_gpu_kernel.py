@@ -162,7 +162,7 @@ def attend(
     `merged`: the output [B, R, J * share, H] in the operands' dtype. Otherwise
     each split's own output [splits, B, J, Plan.rows, H] and base-2 log-sum-exp
     [splits, B, J, Plan.rows], both float32; a row that a split shows nothing
-    has zeros, and `UNSEEN`.
+    has zeros, and `UNSEEN`; what lies past the last chunk is not written.
   """
   batch, nodes, _, head_dim = operands.query.shape
   heads = operands.prefix_keys.shape[1]
