@@ -13,7 +13,6 @@ from d2sd_jax.kernels import transposed
 from d2sd_jax.kernels.dot import dot_float32, matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 from d2sd_jax.kernels.transposed import Transposed
-from d2sd_jax.models.layers import normed_product
 
 _SPEC = "...d,do->...o"
 
@@ -58,25 +57,6 @@ def test_products(rows, dtype):
   np.testing.assert_array_equal(turned.stored.scales, small.scales)
   got, exact = (np.float64(matmul(_SPEC, x, m)) for m in (turned, small))
   np.testing.assert_allclose(got, exact, 2 * tolerance, 1e-4)
-
-
-@pytest.mark.parametrize("rows", [(1, 1, 1), (1,), (2, 3)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_products_of_normed_rows(rows, dtype):
-  rng = np.random.default_rng(1)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-  x, norm, matrix = draw(*rows, 136), draw(136), draw(136, 31)
-  wide, weight, factors = (np.asarray(a, np.float64) for a in (x, norm, matrix))
-  scale = 1 / np.sqrt((wide**2).mean(-1, keepdims=True) + 0.25)
-  exact = (wide * scale * weight) @ factors
-  for stored in (matrix, Transposed(stored=matrix.T)):
-    got = normed_product(x, norm, 0.25, stored)
-    assert got.dtype == dtype
-    assert got.shape == exact.shape
-    tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
-    np.testing.assert_allclose(
-      np.float64(got), exact, tolerance, 100 * tolerance / 8
-    )
 
 
 @pytest.mark.parametrize("int8", [False, True])

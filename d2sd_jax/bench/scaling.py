@@ -187,11 +187,15 @@ def _checks() -> str:
   in_xla = target_seconds(on_h200, nodes) + layers * (_XLA_ATTENTION - ours)
   shared = lambda count: dataclasses.replace(on_h200, tensor=count)
   larger = dataclasses.replace(on_h200, shape=QWEN3_32B)
+  larger_shared = dataclasses.replace(larger, tensor=2)
   rows = (
     ("Qwen3-8B, `ar`, H200", step_seconds(on_h200), "5.2, now 4.63"),
-    ("the same, two of one host", step_seconds(shared(2)), "5.18"),
+    ("the same, two of one host", step_seconds(shared(2)), "5.18, now 4.67"),
     ("the same, four of one host", step_seconds(shared(4)), "5.04"),
+    ("a cycle of `d2sd`, two", d2sd_seconds(shared(2)), "8.69"),
     ("Qwen3-32B, `ar`, H200", step_seconds(larger), "16.42"),
+    ("the same, two of one host", step_seconds(larger_shared), "13.53"),
+    ("a cycle of `d2sd`, two", d2sd_seconds(larger_shared), "22.35"),
     ("Qwen3-8B, 80 rows, attention in XLA, H200", in_xla, "7.1 to 7.3"),
     ("80 rows, H200", target_seconds(on_h200, nodes), "6.04 and 7.32"),
     ("Qwen3-8B, a cycle of `d2sd`, H200", d2sd_seconds(on_h200), "8.25"),

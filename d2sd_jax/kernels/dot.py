@@ -28,8 +28,8 @@ def matmul(
     preferred_element_type: of the result; `None` is the operands'.
   """
   dtype = preferred_element_type or a.dtype
-  if is_row_sum(a, b):
-    return row_sum(a, b).astype(dtype)
+  if _is_row_sum(a, b):
+    return _row_sum(a, b.stored).astype(dtype)
   if isinstance(b, Transposed):
     left, right = spec.split(",")
     spec = f"{left},{right[1::-1]}{right[2:]}"
@@ -43,13 +43,8 @@ def matmul(
   )
 
 
-def is_row_sum(x: Array, matrix: Any) -> bool:
-  """Whether a product is of one row alone, and a sum along the matrix's rows.
-
-  Args:
-    x: left operand, its last axis summed.
-    matrix: right operand; see `matmul`.
-  """
+def _is_row_sum(x, matrix):
+  """Whether a product is of one row alone, a sum along the matrix's rows."""
   return (
     x.size == x.shape[-1]
     and isinstance(matrix, Transposed)
@@ -57,22 +52,13 @@ def is_row_sum(x: Array, matrix: Any) -> bool:
   )
 
 
-def row_sum(x: Array, matrix: Any, factor: Array | float = 1.0) -> Array:
-  """Product of one row and a matrix, in float32 or wider: one kernel in XLA.
+def _row_sum(x, stored):
+  """Product of one row, in float32 or wider: one kernel in XLA.
 
   Left to XLA, each term would be rounded to the result's dtype.
-
-  Args:
-    x: `[..., in]`, all axes but the last of size 1.
-    matrix: a `Transposed`, of which `is_row_sum`.
-    factor: of the product; with the matrix, or XLA would multiply `x` before.
-
-  Returns:
-    `[..., out]`.
   """
-  stored = matrix.stored
   dtype = jnp.promote_types(jnp.result_type(x, stored), jnp.float32)
-  terms = stored.astype(dtype) * factor * x.reshape(-1).astype(dtype)
+  terms = stored.astype(dtype) * x.reshape(-1).astype(dtype)
   return terms.sum(-1).reshape(*x.shape[:-1], -1)
 
 

@@ -13,7 +13,7 @@ from d2sd_jax.kernels.cascade_attention import (
   cascade_attention,
 )
 from d2sd_jax.kernels.device import runs_tpu_kernels
-from d2sd_jax.kernels.dot import is_row_sum, matmul, row_sum
+from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, rotate
@@ -72,27 +72,6 @@ def rms_norm(
   return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
-def normed_product(
-  x: Float[Array, "... D"],
-  norm: Float[Array, " D"],
-  eps: float,
-  matrix: Float[Array, "D out"] | Transposed,
-) -> Float[Array, "... out"]:
-  """`rms_norm(x)` times a matrix, in the fewest launches.
-
-  Of a lone row on a GPU, whose product is a sum along the matrix's rows: the
-  norm's factor is part of the sum's terms, and takes no pass of its own.
-  """
-  if not is_row_sum(x, matrix):
-    return matmul("...d,do->...o", rms_norm(x, norm, eps), matrix)
-  wide = x.astype(jnp.float32).reshape(-1)
-  mean = ((jnp.square(wide) + eps) / x.size).sum()
-  wide = wide * norm.astype(jnp.float32)
-  # One kernel makes both, and no other writes the normed row.
-  scale, wide = jax.lax.optimization_barrier((jax.lax.rsqrt(mean), wide))
-  return row_sum(wide.reshape(x.shape), matrix, scale).astype(x.dtype)
-
-
 def norm_and_rotate(
   x: Float[Array, "*positions heads H"],
   norm: Float[Array, "#heads H"] | Float[Array, " H"] | None,
@@ -149,8 +128,9 @@ def transformer_block(
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
+  h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
   query, keys, values = _attention_inputs(
-    weights, x, positions, prefix[0].shape[1], config
+    weights, h, positions, prefix[0].shape[1], config
   )
   attended = cascade_attention(
     query,
@@ -166,7 +146,8 @@ def transformer_block(
   attended = rearrange(attended, "... n h -> ... (n h)")
   attended = sum_parts(matmul("...d,do->...o", attended, weights.o_proj), axis)
   x = x + _add_bias(attended, weights.o_bias)
-  x = x + _feed_forward(weights, x, config, axis)
+  h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
+  x = x + _feed_forward(weights, h, axis)
   return x, (keys.taken(), values.taken())
 
 
@@ -177,8 +158,7 @@ def _add_bias(x, bias):
 
 def _attention_inputs(weights, x, positions, num_kv_heads, config):
   """Queries, keys and values of one product; values have no norm, no RoPE."""
-  eps = config.rms_norm_eps
-  heads = normed_product(x, weights.input_norm, eps, weights.qkv_proj)
+  heads = matmul("...d,do->...o", x, weights.qkv_proj)
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
@@ -208,12 +188,11 @@ def _norms_of_heads(weights, num_heads, num_rotated):
   return jnp.where(is_key[:, None], weights.k_norm, weights.q_norm)
 
 
-def _feed_forward(weights, x, config, axis):
+def _feed_forward(weights, x, axis):
   """SwiGLU, or a mixture of experts where the layer has them."""
-  norm, eps = weights.post_norm, config.rms_norm_eps
   if weights.experts is not None:
-    return mix_experts(weights.experts, rms_norm(x, norm, eps), axis)
-  both = normed_product(x, norm, eps, weights.gate_up_proj)
+    return mix_experts(weights.experts, x, axis)
+  both = matmul("...d,dm->...m", x, weights.gate_up_proj)
   gate, up = jnp.split(both, 2, axis=-1)
   output = matmul("...m,md->...d", jax.nn.silu(gate) * up, weights.down_proj)
   return sum_parts(output, axis)
