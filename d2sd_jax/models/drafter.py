@@ -20,13 +20,13 @@ from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
 from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.linear import rms_norm
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed, as_stored
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
   LayerWeights,
   norm_and_rotate,
-  rms_norm,
   split_heads,
   transformer_block,
 )

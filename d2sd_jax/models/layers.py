@@ -13,7 +13,7 @@ from d2sd_jax.kernels.cascade_attention import (
   cascade_attention,
 )
 from d2sd_jax.kernels.device import runs_tpu_kernels
-from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.linear import linear, rms_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, rotate
@@ -61,15 +61,6 @@ class LayerWeights:
   o_bias: Float[Array, " D"] | None = None
   sinks: Float[Array, " N"] | None = None
   experts: Experts | None = None
-
-
-def rms_norm(
-  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
-) -> Float[Array, "... D"]:
-  """RMSNorm in float32, returned in `x`'s dtype."""
-  wide = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-  return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def norm_and_rotate(
@@ -128,9 +119,8 @@ def transformer_block(
   Returns:
     The hidden states after the layer, and the nodes' own keys and values.
   """
-  h = rms_norm(x, weights.input_norm, config.rms_norm_eps)
   query, keys, values = _attention_inputs(
-    weights, h, positions, prefix[0].shape[1], config
+    weights, x, positions, prefix[0].shape[1], config
   )
   attended = cascade_attention(
     query,
@@ -144,11 +134,16 @@ def transformer_block(
     implementation=implementation,
   )
   attended = rearrange(attended, "... n h -> ... (n h)")
-  attended = sum_parts(matmul("...d,do->...o", attended, weights.o_proj), axis)
-  x = x + _add_bias(attended, weights.o_bias)
-  h = rms_norm(x, weights.post_norm, config.rms_norm_eps)
-  x = x + _feed_forward(weights, h, axis)
+  x = _add_product(x, attended, weights.o_proj, weights.o_bias, axis)
+  x = _add_feed_forward(weights, x, config, axis)
   return x, (keys.taken(), values.taken())
+
+
+def _add_product(x, y, matrix, bias, axis):
+  """x + y @ matrix + bias, of a product that each device has a part of."""
+  if axis is None and bias is None:
+    return linear(y, matrix, residual=x)
+  return x + _add_bias(sum_parts(linear(y, matrix), axis), bias)
 
 
 def _add_bias(x, bias):
@@ -158,7 +153,8 @@ def _add_bias(x, bias):
 
 def _attention_inputs(weights, x, positions, num_kv_heads, config):
   """Queries, keys and values of one product; values have no norm, no RoPE."""
-  heads = matmul("...d,do->...o", x, weights.qkv_proj)
+  norm, eps = weights.input_norm, config.rms_norm_eps
+  heads = linear(x, weights.qkv_proj, norm=norm, eps=eps)
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
@@ -188,11 +184,10 @@ def _norms_of_heads(weights, num_heads, num_rotated):
   return jnp.where(is_key[:, None], weights.k_norm, weights.q_norm)
 
 
-def _feed_forward(weights, x, axis):
-  """SwiGLU, or a mixture of experts where the layer has them."""
+def _add_feed_forward(weights, x, config, axis):
+  """x and SwiGLU of it, or a mixture of experts where the layer has them."""
+  norm, eps = weights.post_norm, config.rms_norm_eps
   if weights.experts is not None:
-    return mix_experts(weights.experts, x, axis)
-  both = matmul("...d,dm->...m", x, weights.gate_up_proj)
-  gate, up = jnp.split(both, 2, axis=-1)
-  output = matmul("...m,md->...d", jax.nn.silu(gate) * up, weights.down_proj)
-  return sum_parts(output, axis)
+    return x + mix_experts(weights.experts, rms_norm(x, norm, eps), axis)
+  hidden = linear(x, weights.gate_up_proj, norm=norm, eps=eps, gated=True)
+  return _add_product(x, hidden, weights.down_proj, None, axis)

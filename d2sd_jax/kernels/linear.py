@@ -1,0 +1,65 @@
+"""A matrix product with the norm before it and the sum or gate after it."""
+
+import jax
+import jax.numpy as jnp
+
+from d2sd_jax.errors import require
+from d2sd_jax.kernels import lone_row
+from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.transposed import Transposed
+from d2sd_jax.typing import Array, Float
+
+IMPLEMENTATIONS = ("triton", "xla")
+
+
+def rms_norm(
+  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+  """RMSNorm in float32, returned in `x`'s dtype."""
+  wide = x.astype(jnp.float32)
+  scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+  return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def linear(
+  x: Float[Array, "... D"],
+  matrix: Float[Array, "D out"] | Transposed,
+  *,
+  norm: Float[Array, " D"] | None = None,
+  eps: float = 0.0,
+  gated: bool = False,
+  residual: Float[Array, "... out"] | None = None,
+  implementation: str | None = None,
+) -> Float[Array, "... out"]:
+  """`residual + rms_norm(x) @ matrix`; if gated, `silu(g) * u` of the product.
+
+  Args:
+    x: rows.
+    matrix: as stored by `as_stored`; int8 too.
+    norm: weights of the rows' norm; `None` is none.
+    eps: of the norm.
+    gated: the product's first half, g, gates its second half, u.
+    residual: added to the result; `None` is nothing.
+    implementation: `xla`, kernels of XLA's, or `triton`, one kernel of a lone
+      row. `None` is the latter where it can run.
+
+  Returns:
+    As wide as the matrix, or half as wide if `gated`, in `x`'s dtype.
+
+  Raises:
+    UsageError: no such implementation, or one that cannot run this.
+  """
+  known = implementation in (None, *IMPLEMENTATIONS)
+  told = " or ".join(IMPLEMENTATIONS)
+  require(known, "implementation", implementation, told)
+  missing = lone_row.what_is_missing(x, matrix, gated)
+  if implementation == "triton":
+    require(not missing, "implementation", implementation, str(missing))
+  if implementation != "xla" and isinstance(matrix, Transposed) and not missing:
+    return lone_row.linear(x, matrix.stored, norm, eps, gated, residual)
+  x = x if norm is None else rms_norm(x, norm, eps)
+  y = matmul("...d,do->...o", x, matrix)
+  if gated:
+    gate, up = jnp.split(y, 2, axis=-1)
+    y = jax.nn.silu(gate) * up
+  return y if residual is None else residual + y

@@ -1,0 +1,143 @@
+"""One row times a matrix on a GPU, with what comes before and after, in Triton.
+
+A step of autoregressive decoding is bound by reading its matrices. In XLA the
+norm before a product, its gate and the residual sum after it are kernels of
+1.2 to 2.9 µs each, whatever they compute; here they ride along. The norm's
+factor is one number, so it is applied to the sums: the sum of squares is taken
+by every program for itself, from the row that it needs anyway.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from d2sd_jax.kernels.device import target_device
+from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
+from d2sd_jax.typing import Array, Float
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Elements of the row that one load takes, at most.
+MOST_COLUMNS = 1024
+# Programs that keep 132 multiprocessors busy.
+ENOUGH_PROGRAMS = 512
+# Of the matrix, that a thread holds in flight.
+THREAD_ELEMENTS = 64
+
+
+def what_is_missing(x: Array, matrix: Any, gated: bool) -> str | None:
+  """Why the kernel cannot run, or `None`."""
+  if target_device().platform not in ("cuda", "gpu"):
+    return "an NVIDIA GPU"
+  if not isinstance(matrix, Transposed):
+    return "a matrix stored [out, in]"
+  if isinstance(matrix.stored, QuantizedMatrix):
+    return "a matrix that is not quantized"
+  if x.size != x.shape[-1]:
+    return "one row alone"
+  if x.dtype != matrix.stored.dtype or x.dtype.name not in DTYPES:
+    return f"row and matrix of one dtype of {', '.join(DTYPES)}"
+  return None
+
+
+def linear(
+  x: Float[Array, "... D"],
+  stored: Float[Array, "out D"],
+  norm: Float[Array, " D"] | None = None,
+  eps: float = 0.0,
+  gated: bool = False,
+  residual: Float[Array, "... out"] | None = None,
+  *,
+  tile: tuple[int, int] | None = None,
+  interpret: bool = False,
+) -> Float[Array, "... out"]:
+  """See `d2sd_jax.kernels.linear.linear`.
+
+  Args:
+    x: one row.
+    stored: the matrix, transposed.
+    norm: see there.
+    eps: see there.
+    gated: see there.
+    residual: see there.
+    tile: rows of the stored matrix to a program, and its warps.
+    interpret: run by Pallas's interpreter, on any device.
+
+  Returns:
+    One row, in `x`'s dtype.
+  """
+  parts, width = 2 if gated else 1, x.shape[-1]
+  stored = stored.reshape(parts, -1, width)
+  size = stored.shape[1]
+  rows, warps = tile or _tile(size, parts * width)
+  whole = pl.BlockSpec((width,), lambda i: (0,))
+  part = pl.BlockSpec((rows,), lambda i: (i,))
+  block = pl.BlockSpec((parts, rows, width), lambda i: (0, i, 0))
+  operands = [(x.reshape(-1), whole), (stored, block)]
+  if norm is not None:
+    operands.append((norm, whole))
+  if residual is not None:
+    operands.append((residual.reshape(-1), part))
+  arrays, specs = zip(*operands, strict=True)
+  out = pl.pallas_call(
+    functools.partial(_kernel, eps=None if norm is None else eps),
+    grid=(size // rows,),
+    in_specs=specs,
+    out_specs=part,
+    out_shape=jax.ShapeDtypeStruct((size,), x.dtype),
+    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+    interpret=interpret,
+    name="lone_row",
+  )(*arrays)
+  return out.reshape(*x.shape[:-1], -1)
+
+
+def _tile(size, width):
+  """Rows and warps: enough programs, and enough in flight in each of them."""
+  rows = 8
+  while size % rows or (rows > 1 and size // rows < ENOUGH_PROGRAMS):
+    rows //= 2
+  warps = max(1, rows * width // THREAD_ELEMENTS // 32)
+  return rows, min(8, 1 << warps.bit_length() - 1)
+
+
+def _kernel(*refs, eps):
+  """Sums of a few of the matrix's rows, normed, gated and added to."""
+  x_ref, matrix_ref, *refs, out_ref = refs
+  norm_ref = None if eps is None else refs.pop(0)
+  parts, _, width = matrix_ref.shape
+  # Sums that are as wide are summed before they are summed up.
+  wide: dict[int, list[Any]] = {}
+  for start, count in _columns(width):
+    at = pl.ds(start, count)
+    x = x_ref[at].astype(jnp.float32)
+    factors = x if eps is None else x * norm_ref[at].astype(jnp.float32)
+    new = [matrix_ref[i, :, at].astype(jnp.float32) for i in range(parts)]
+    new = [x * x, *(rows * factors for rows in new)]
+    old = wide.get(count)
+    wide[count] = [a + b for a, b in zip(old, new, strict=True)] if old else new
+  squares, *rows = (
+    sum(terms.sum(-1) for terms in same)
+    for same in zip(*wide.values(), strict=True)
+  )
+  if eps is not None:
+    scale = jax.lax.rsqrt(squares / width + eps)
+    rows = [r * scale for r in rows]
+  out = rows[0] if parts == 1 else rows[0] * jax.nn.sigmoid(rows[0]) * rows[1]
+  if refs:
+    out = out + refs[0][...].astype(jnp.float32)
+  out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _columns(width: int) -> Iterator[tuple[int, int]]:
+  """The row in pieces, each a power of two, as Triton's loads are."""
+  start = 0
+  while start < width:
+    count = min(MOST_COLUMNS, 1 << (width - start).bit_length() - 1)
+    yield start, count
+    start += count
