@@ -1,15 +1,20 @@
-"""A matrix product with the norm before it and the sum or gate after it."""
+"""The public operation: semantics and dispatch."""
+
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from d2sd_jax.errors import require
-from d2sd_jax.kernels import lone_row
 from d2sd_jax.kernels.dot import matmul
+from d2sd_jax.kernels.linear import few_rows, lone_row
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
-IMPLEMENTATIONS = ("triton", "xla")
+# Kernels of our own, the first that can run first; else XLA's.
+_KERNELS: dict[str, ModuleType] = {"lone_row": lone_row, "few_rows": few_rows}
+IMPLEMENTATIONS = (*_KERNELS, "xla")
 
 
 def rms_norm(
@@ -40,8 +45,8 @@ def linear(
     eps: of the norm.
     gated: the product's first half, g, gates its second half, u.
     residual: added to the result; `None` is nothing.
-    implementation: `xla`, kernels of XLA's, or `triton`, one kernel of a lone
-      row. `None` is the latter where it can run.
+    implementation: one of `IMPLEMENTATIONS`; `None` chooses by device, dtype
+      and sizes.
 
   Returns:
     As wide as the matrix, or half as wide if `gated`, in `x`'s dtype.
@@ -49,17 +54,25 @@ def linear(
   Raises:
     UsageError: no such implementation, or one that cannot run this.
   """
-  known = implementation in (None, *IMPLEMENTATIONS)
-  told = " or ".join(IMPLEMENTATIONS)
-  require(known, "implementation", implementation, told)
-  missing = lone_row.what_is_missing(x, matrix, gated)
-  if implementation == "triton":
-    require(not missing, "implementation", implementation, str(missing))
-  if implementation != "xla" and isinstance(matrix, Transposed) and not missing:
-    return lone_row.linear(x, matrix.stored, norm, eps, gated, residual)
+  name = implementation or _default_implementation(x, matrix, gated)
+  require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
+  if name in _KERNELS:
+    kernel = _KERNELS[name]
+    missing = kernel.what_is_missing(x, matrix, gated)
+    require(missing is None, "implementation", name, str(missing))
+    return kernel.linear(x, matrix.stored, norm, eps, gated, residual)
   x = x if norm is None else rms_norm(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:
     gate, up = jnp.split(y, 2, axis=-1)
     y = jax.nn.silu(gate) * up
   return y if residual is None else residual + y
+
+
+def _default_implementation(x: Array, matrix: Any, gated: bool) -> str:
+  """The first kernel that can run and pays, or `xla`."""
+  for name, kernel in _KERNELS.items():
+    missing = kernel.what_is_missing(x, matrix, gated)
+    if missing is None and matrix.stored.size <= kernel.MOST_ELEMENTS:
+      return name
+  return "xla"

@@ -22,6 +22,8 @@ from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
 DTYPES = ("bfloat16", "float16", "float32")
+# Elements of a matrix: all matrices.
+MOST_ELEMENTS = 2**63
 # Elements of the row that one load takes, at most.
 MOST_COLUMNS = 1024
 # Programs that keep 132 multiprocessors busy.
@@ -32,16 +34,23 @@ THREAD_ELEMENTS = 64
 
 def what_is_missing(x: Array, matrix: Any, gated: bool) -> str | None:
   """Why the kernel cannot run, or `None`."""
+  del gated
+  missing = what_is_missing_here(x, matrix, DTYPES)
+  return missing or (None if x.size == x.shape[-1] else "one row alone")
+
+
+def what_is_missing_here(
+  x: Array, matrix: Any, dtypes: tuple[str, ...]
+) -> str | None:
+  """Why no Triton kernel reads this matrix on the device, or `None`."""
   if target_device().platform not in ("cuda", "gpu"):
     return "an NVIDIA GPU"
   if not isinstance(matrix, Transposed):
     return "a matrix stored [out, in]"
   if isinstance(matrix.stored, QuantizedMatrix):
     return "a matrix that is not quantized"
-  if x.size != x.shape[-1]:
-    return "one row alone"
-  if x.dtype != matrix.stored.dtype or x.dtype.name not in DTYPES:
-    return f"row and matrix of one dtype of {', '.join(DTYPES)}"
+  if x.dtype != matrix.stored.dtype or x.dtype.name not in dtypes:
+    return f"rows and a matrix of one dtype of {', '.join(dtypes)}"
   return None
 
 
@@ -56,7 +65,7 @@ def linear(
   tile: tuple[int, int] | None = None,
   interpret: bool = False,
 ) -> Float[Array, "... out"]:
-  """See `d2sd_jax.kernels.linear.linear`.
+  """See `api.linear`.
 
   Args:
     x: one row.

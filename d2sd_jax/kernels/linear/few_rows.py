@@ -1,0 +1,172 @@
+"""A few rows times a small matrix on a GPU, in Triton; see `lone_row`.
+
+For small targets and for drafters, whose products last no longer than a launch:
+norm, product, gate and residual sum are one kernel, which keeps a strip of the
+matrix's rows and all of the few rows to one program. Each program takes the
+rows' sums of squares for itself, from the tiles that it multiplies anyway.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from d2sd_jax.kernels.linear import lone_row
+from d2sd_jax.typing import Array, Float
+
+DTYPES = ("bfloat16", "float16")
+MOST_ROWS = 128
+# Elements of the matrix from which XLA's products are faster.
+MOST_ELEMENTS = 2**22
+# A tensor core's least operand.
+LEAST = 16
+
+
+def what_is_missing(x: Array, matrix: Any, gated: bool) -> str | None:
+  """Why the kernel cannot run, or `None`."""
+  missing = lone_row.what_is_missing_here(x, matrix, DTYPES)
+  if missing:
+    return missing
+  if x.size > MOST_ROWS * x.shape[-1]:
+    return f"at most {MOST_ROWS} rows"
+  parts = 2 if gated else 1
+  if x.shape[-1] % LEAST or matrix.stored.shape[0] % (parts * LEAST):
+    return f"sizes that are multiples of {LEAST}"
+  return None
+
+
+def linear(
+  x: Float[Array, "... D"],
+  stored: Float[Array, "out D"],
+  norm: Float[Array, " D"] | None = None,
+  eps: float = 0.0,
+  gated: bool = False,
+  residual: Float[Array, "... out"] | None = None,
+  *,
+  tile: tuple[int, int, int, int] | None = None,
+  interpret: bool = False,
+) -> Float[Array, "... out"]:
+  """See `api.linear`.
+
+  Args:
+    x: at most `MOST_ROWS` rows.
+    stored: the matrix, transposed.
+    norm: see there.
+    eps: see there.
+    gated: see there.
+    residual: see there.
+    tile: rows of the stored matrix to a program, columns to a step, warps, and
+      how many steps are loaded ahead.
+    interpret: run by Pallas's interpreter, on any device.
+
+  Returns:
+    As many rows, in `x`'s dtype.
+  """
+  parts, width = 2 if gated else 1, x.shape[-1]
+  shape = x.shape[:-1]
+  x = x.reshape(-1, width)
+  stored = stored.reshape(parts, -1, width)
+  count, size = len(x), stored.shape[1]
+  strip, columns, warps, stages = tile or _tile(count, width)
+  padded = pl.cdiv(count, LEAST) * LEAST
+  strips = pl.BlockSpec((parts, strip, width), lambda i: (0, i, 0))
+  own = pl.BlockSpec((padded, strip), lambda i: (0, i))
+  operands = [
+    (x, pl.BlockSpec((padded, width), lambda i: (0, 0))),
+    (stored, strips),
+  ]
+  if norm is not None:
+    operands.append((norm, pl.BlockSpec((width,), lambda i: (0,))))
+  if residual is not None:
+    operands.append((residual.reshape(count, size), own))
+  arrays, specs = zip(*operands, strict=True)
+  out = pl.pallas_call(
+    functools.partial(
+      _kernel,
+      count=count,
+      columns=columns,
+      eps=None if norm is None else eps,
+    ),
+    grid=(size // strip,),
+    in_specs=specs,
+    out_specs=own,
+    out_shape=jax.ShapeDtypeStruct((count, size), x.dtype),
+    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+    interpret=interpret,
+    name="few_rows",
+  )(*arrays)
+  return out.reshape(*shape, size)
+
+
+def _tile(count, width):
+  """Sizes of a program's work."""
+  columns = min(128 if count <= LEAST else 64, width & -width)
+  return LEAST, columns, 4, 4
+
+
+def _kernel(*refs, count, columns, eps):
+  """A strip of every row's product."""
+  x_ref, matrix_ref, *refs, out_ref = refs
+  norm_ref = None if eps is None else refs.pop(0)
+  parts, strip, width = matrix_ref.shape
+  blocks = _blocks(count)
+  rows = [start + jnp.arange(block) < count for start, block in blocks]
+
+  def step(k, sums):
+    at = pl.ds(k * columns, columns)
+    matrices = [matrix_ref[i, :, at] for i in range(parts)]
+    new = []
+    for (start, block), row, (squares, *products) in zip(
+      blocks, rows, sums, strict=True
+    ):
+      mask = jnp.broadcast_to(row[:, None], (block, columns))
+      x = triton.load(x_ref.at[pl.ds(start, block), at], mask=mask, other=0.0)
+      if eps is not None:
+        wide = x.astype(jnp.float32)
+        squares = squares + (wide * wide).sum(1)
+        factors = norm_ref[at].astype(jnp.float32)
+        x = (wide * factors[None]).astype(x.dtype)
+      products = [
+        p + triton.dot(x, m, trans_b=True)
+        for p, m in zip(products, matrices, strict=True)
+      ]
+      new.append((squares, *products))
+    return tuple(new)
+
+  zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+  sums = jax.lax.fori_loop(
+    *(0, width // columns, step),
+    tuple(
+      (zeros(block), *(zeros(block, strip) for _ in range(parts)))
+      for _, block in blocks
+    ),
+  )
+  for (start, block), row, (squares, *products) in zip(
+    blocks, rows, sums, strict=True
+  ):
+    if eps is not None:
+      scale = jax.lax.rsqrt(squares / width + eps)[:, None]
+      products = [p * scale for p in products]
+    out = products[0]
+    if parts == 2:
+      out = out * jax.nn.sigmoid(out) * products[1]
+    at = (pl.ds(start, block), slice(None))
+    mask = jnp.broadcast_to(row[:, None], out.shape)
+    if refs:
+      added = triton.load(refs[0].at[at], mask=mask, other=0.0)
+      out = out + added.astype(jnp.float32)
+    triton.store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
+
+
+def _blocks(count):
+  """Rows in pieces, each a power of two, as Triton's operands are."""
+  blocks, start = [], 0
+  while start < count:
+    left = pl.cdiv(count - start, LEAST) * LEAST
+    block = min(64, 1 << left.bit_length() - 1)
+    blocks.append((start, block))
+    start += block
+  return blocks
