@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from d2sd_jax.kernels import write_all
 from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.write_rows import fits, write_rows
 from d2sd_jax.typing import Array, Float, Int
@@ -99,22 +100,26 @@ def commit_path(
 
 def _write(cache, rows, index, starts):
   """Writes rows `index`, all where that is `None`, from `starts` on."""
-  in_place = runs_tpu_kernels() and all(map(fits, cache.keys))
-  write = write_rows if in_place else _update_slices
-  pairs = [
-    write(cache.layer(i), rows.layer(i), index, starts)
-    for i in range(len(cache))
-  ]
-  keys, values = zip(*pairs, strict=True) if pairs else ((), ())
-  return KVCache(keys=keys, values=values)
+  if runs_tpu_kernels() and all(map(fits, cache.keys)):
+    pairs = [
+      write_rows(cache.layer(i), rows.layer(i), index, starts)
+      for i in range(len(cache))
+    ]
+    keys, values = zip(*pairs, strict=True) if pairs else ((), ())
+    return KVCache(keys=keys, values=values)
+  held, new = (*cache.keys, *cache.values), (*rows.keys, *rows.values)
+  if index is not None:
+    at = index[:, None, :, None]
+    new = [jnp.take_along_axis(x, at, axis=2) for x in new]
+  write = write_all.write_all if write_all.fits(held, new) else _update_slices
+  held = write(held, new, starts)
+  return KVCache(keys=held[: len(cache)], values=held[len(cache) :])
 
 
-def _update_slices(caches, rows, index, starts):
-  """`write_rows` in XLA: any capacity, and in place except on TPU."""
+def _update_slices(caches, rows, starts):
+  """`write_all` in XLA: any capacity, and in place except on TPU."""
 
   def write(cache, rows):
-    if index is not None:
-      rows = jnp.take_along_axis(rows, index[:, None, :, None], axis=2)
     rows = rows.astype(cache.dtype)
     if len(cache) == 1:
       # Over several rows it is a scatter, which reads what it writes over.

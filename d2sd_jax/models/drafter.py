@@ -19,8 +19,7 @@ from einops import rearrange
 from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
-from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.kernels.linear import rms_norm
+from d2sd_jax.kernels.linear import linear, rms_norm
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed, as_stored
 from d2sd_jax.models.cache import KVCache
@@ -90,10 +89,11 @@ class FusedDrafter:
     """
     config = self.config
     features = rearrange(features, "b t taps d -> b t (taps d)")
-    context = matmul("btf,fd->btd", features.astype(self.dtype), self.fc)
-    context = rms_norm(context, self.hidden_norm, config.rms_norm_eps)
+    context = linear(features.astype(self.dtype), self.fc)
+    norm, eps = self.hidden_norm, config.rms_norm_eps
+    context = linear(context, self.context_proj, norm=norm, eps=eps)
     heads = rearrange(
-      split_heads(matmul("btd,do->bto", context, self.context_proj), config),
+      split_heads(context, config),
       "b t (layers two j) h -> b t two layers j h",
       layers=config.num_layers,
       two=2,

@@ -60,7 +60,8 @@ def linear(
     kernel = _KERNELS[name]
     missing = kernel.what_is_missing(x, matrix, gated)
     require(missing is None, "implementation", name, str(missing))
-    return kernel.linear(x, matrix.stored, norm, eps, gated, residual)
+    stored = matrix.stored  # type: ignore[union-attr]
+    return kernel.linear(x, stored, norm, eps, gated, residual)
   x = x if norm is None else rms_norm(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:

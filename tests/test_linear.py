@@ -1,0 +1,179 @@
+"""Products with their norm, gate and residual sum, against float64."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2sd_jax import UsageError
+from d2sd_jax.kernels.linear import (
+  IMPLEMENTATIONS,
+  api,
+  few_rows,
+  linear,
+  lone_row,
+)
+from d2sd_jax.kernels.quantized import quantize
+from d2sd_jax.kernels.transposed import Transposed
+
+EPS = 0.25
+# Rows, the kernel that takes so many, and a dtype that it takes.
+RUNS = (
+  (1, lone_row, jnp.float32),
+  (1, lone_row, jnp.bfloat16),
+  (3, few_rows, jnp.bfloat16),
+  (16, few_rows, jnp.float16),
+  (72, few_rows, jnp.bfloat16),
+)
+# Normed, gated, added to.
+AROUND = (
+  (False, False, False),
+  (True, False, True),
+  (False, True, True),
+  (True, True, False),
+)
+# Inner size and matrix rows: pieces of 512 and 64, of 1024 and 512, of 64.
+SIZES = ((576, 96), (1536, 160), (64, 32))
+
+
+def _draw(dtype, *shapes):
+  rng = np.random.default_rng(len(shapes[0]))
+  return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+
+
+def _operands(dtype, rows, width, size, normed, gated, added):
+  """x, the stored matrix, a norm and a residual, or `None` for these."""
+  out = size // 2 if gated else size
+  x, stored, norm, residual = _draw(
+    *(dtype, (1, rows, width), (size, width), (width,), (1, rows, out))
+  )
+  return x, stored, norm if normed else None, residual if added else None
+
+
+def _oracle(x, stored, norm, residual, gated):
+  x, stored, norm, residual = (
+    None if a is None else np.asarray(a, np.float64)
+    for a in (x, stored, norm, residual)
+  )
+  if norm is not None:
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
+  y = x @ stored.T
+  if gated:
+    gate, up = np.split(y, 2, axis=-1)
+    y = gate / (1 + np.exp(-gate)) * up
+  return y if residual is None else y + residual
+
+
+def _check(got, exact, dtype):
+  assert got.dtype == dtype
+  assert got.shape == exact.shape
+  tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+  largest = np.abs(exact).max()
+  np.testing.assert_allclose(
+    np.float64(got), exact, 2 * tolerance, tolerance * largest
+  )
+
+
+@pytest.mark.parametrize(("normed", "gated", "added"), AROUND)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_xla(dtype, normed, gated, added):
+  operands = _operands(dtype, 3, 576, 96, normed, gated, added)
+  x, stored, norm, residual = operands
+  exact = _oracle(*operands, gated)
+  for matrix in (stored.T, Transposed(stored=stored)):
+    got = linear(x, matrix, norm=norm, eps=EPS, gated=gated, residual=residual)
+    _check(got, exact, dtype)
+
+
+@pytest.mark.parametrize(("normed", "gated", "added"), AROUND)
+@pytest.mark.parametrize(("width", "size"), SIZES)
+@pytest.mark.parametrize(("rows", "kernel", "dtype"), RUNS)
+def test_kernels(rows, kernel, dtype, width, size, normed, gated, added):
+  operands = _operands(dtype, rows, width, size, normed, gated, added)
+  x, stored, norm, residual = operands
+  got = kernel.linear(x, stored, norm, EPS, gated, residual, interpret=True)
+  _check(got, _oracle(*operands, gated), dtype)
+
+
+@pytest.mark.parametrize("rows", [(), (1, 1), (1, 1, 1)])
+def test_a_lone_row_may_have_any_rank(rows):
+  x, stored = _draw(jnp.float32, (*rows, 64), (24, 64))
+  got = lone_row.linear(x, stored, interpret=True)
+  _check(got, _oracle(x, stored, None, None, False), jnp.float32)
+
+
+@pytest.mark.parametrize(
+  ("rows", "size", "dtype", "name"),
+  [
+    (1, 2**13, jnp.bfloat16, "lone_row"),
+    (1, 2**13, jnp.float32, "lone_row"),
+    (1, 2**13, jnp.int32, "xla"),
+    (2, 2**12, jnp.bfloat16, "few_rows"),
+    (128, 2**12, jnp.bfloat16, "few_rows"),
+    (129, 2**12, jnp.bfloat16, "xla"),
+    (128, 2**12, jnp.float32, "xla"),
+    (128, 2**12 + 8, jnp.bfloat16, "xla"),
+    (128, 2**13, jnp.bfloat16, "xla"),
+  ],
+)
+def test_what_runs_where(monkeypatch, rows, size, dtype, name):
+  x = jnp.zeros((rows, 1024), dtype)
+  matrix = Transposed(stored=jnp.zeros((size, 1024), dtype))
+  chosen = lambda matrix: api._default_implementation(x, matrix, False)
+  assert chosen(matrix) == "xla"
+  gpu = lambda: types.SimpleNamespace(platform="cuda")
+  monkeypatch.setattr(lone_row, "target_device", gpu)
+  assert chosen(matrix) == name
+  assert chosen(matrix.stored.T) == "xla"
+  if dtype != jnp.int32:
+    assert chosen(quantize(matrix, summed=0)) == "xla"
+
+
+def test_what_cannot_run_says_why(monkeypatch):
+  x, stored = _draw(jnp.bfloat16, (2, 64), (32, 64))
+  matrix = Transposed(stored=stored)
+  with pytest.raises(UsageError, match=r"implementation=.*few_rows"):
+    linear(x, matrix, implementation="dense")
+  for name in ("lone_row", "few_rows"):
+    with pytest.raises(UsageError, match=f"{name}.*an NVIDIA GPU"):
+      linear(x, matrix, implementation=name)
+  gpu = lambda: types.SimpleNamespace(platform="cuda")
+  monkeypatch.setattr(lone_row, "target_device", gpu)
+  with pytest.raises(UsageError, match=r"lone_row.*one row alone"):
+    linear(x, matrix, implementation="lone_row")
+  with pytest.raises(UsageError, match=r"few_rows.*\[out, in\]"):
+    linear(x, stored.T, implementation="few_rows")
+  np.testing.assert_array_equal(
+    linear(x, matrix, implementation="xla"), linear(x, stored.T)
+  )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "kernel", "dtype"), RUNS)
+@pytest.mark.parametrize(
+  ("width", "size", "normed", "gated", "added"),
+  [
+    # SmolLM2's four products, Qwen3-8B's, and widths that do not divide.
+    (576, 960, True, False, False),
+    (576, 576, False, False, True),
+    (576, 3072, True, True, False),
+    (1536, 576, False, False, True),
+    (4096, 6144, True, False, False),
+    (4096, 24_576, True, True, False),
+    (12_288, 4096, False, False, True),
+    (2880, 5120, True, False, False),
+    (5120, 736, True, True, True),
+  ],
+)
+def test_on_a_gpu(rows, kernel, dtype, width, size, normed, gated, added):
+  operands = _operands(dtype, rows, width, size, normed, gated, added)
+  x, stored, norm, residual = operands
+  name = kernel.__name__.rpartition(".")[2]
+  assert name in IMPLEMENTATIONS
+  got = linear(
+    *(x, Transposed(stored=stored)),
+    **{"norm": norm, "eps": EPS, "gated": gated, "residual": residual},
+    implementation=name,
+  )
+  _check(got, _oracle(*operands, gated), dtype)
