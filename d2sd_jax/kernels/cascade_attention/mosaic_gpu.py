@@ -178,7 +178,17 @@ def _attend(plan, interpret, arrays, options):
     merged=merged,
     interpret=interpret,
   )
-  if not merged:
+  if not merged and sinks is None:
+    from d2sd_jax.kernels.cascade_attention.merge_triton import merge
+
+    outputs = merge(
+      *outputs,
+      nodes=groups * nodes,
+      share=share,
+      dtype=query.dtype,
+      interpret=interpret is not None,
+    )
+  elif not merged:
     held = min(groups * nodes, kernel.CHUNK)
     outputs = _merge(*(_by_node(x, rows, share, held) for x in outputs), sinks)
   outputs = outputs[:, : groups * nodes].astype(query.dtype)
