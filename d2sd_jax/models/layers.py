@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from d2sd_jax.kernels import rotary
 from d2sd_jax.kernels.cascade_attention import (
   Heads,
   LocalMask,
@@ -16,7 +17,7 @@ from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.linear import linear, rms_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
-from d2sd_jax.models.rope import RopeScaling, rotate
+from d2sd_jax.models.rope import RopeScaling, rotate, turns
 from d2sd_jax.tensor_parallel import sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
@@ -159,20 +160,24 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
   # Queries and keys in one go: each step is a launch.
-  norms = _norms_of_heads(weights, num_heads, num_rotated)
-  if norms is None:
-    # Values go along, as they are: to leave them out is one launch more, and
-    # XLA would end a product that it splits twice, for these and for those.
-    is_value = jnp.arange(heads.shape[-2])[:, None] >= num_rotated
-    rotated = norm_and_rotate(heads, None, positions, config)
-    rotated = values = jnp.where(is_value, heads, rotated)
+  if isinstance(weights.qkv_proj, Transposed) and rotary.fits(heads):
+    theta, scaling = config.rope_theta, config.rope_scaling
+    rotated = rotary.norm_and_rotate(
+      heads,
+      *turns(positions, heads.shape[-1], theta, scaling),
+      None if weights.q_norm is None else (weights.q_norm, weights.k_norm),
+      config.rms_norm_eps,
+      num_heads=num_heads,
+      num_kv_heads=num_kv_heads,
+    )
   else:
-    rotated, values = heads[..., :num_rotated, :], heads
+    norms = _norms_of_heads(weights, num_heads, num_rotated)
+    rotated = heads[..., :num_rotated, :]
     rotated = norm_and_rotate(rotated, norms, positions, config)
   return (
     Heads(array=rotated, first=0, count=num_heads),
     Heads(array=rotated, first=num_heads, count=num_kv_heads),
-    Heads(array=values, first=num_rotated, count=num_kv_heads),
+    Heads(array=heads, first=num_rotated, count=num_kv_heads),
   )
 
 

@@ -115,6 +115,24 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def turns(
+  positions: Int[Array, "*positions"],
+  head_dim: int,
+  theta: float,
+  scaling: RopeScaling | None = None,
+) -> tuple[Float[Array, "*positions half"], Float[Array, "*positions half"]]:
+  """Cosines and sines of each position's angles, in float32."""
+  half = head_dim // 2
+  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None:
+    frequencies = scaling.scale(frequencies, theta)
+  angles = positions[..., None].astype(jnp.float32) * frequencies
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  if scaling is not None and scaling.attention_factor != 1:
+    cos, sin = (scaling.attention_factor * x for x in (cos, sin))
+  return cos, sin
+
+
 def rotate(
   x: Float[Array, "*positions heads H"],
   positions: Int[Array, "*positions"],
@@ -123,13 +141,7 @@ def rotate(
 ) -> Float[Array, "*positions heads H"]:
   """Rotary embedding in its rotate-half form, angles in float32."""
   half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  if scaling is not None:
-    frequencies = scaling.scale(frequencies, theta)
-  angles = positions[..., None, None].astype(jnp.float32) * frequencies
-  cos, sin = jnp.cos(angles), jnp.sin(angles)
-  if scaling is not None and scaling.attention_factor != 1:
-    cos, sin = (scaling.attention_factor * x for x in (cos, sin))
+  cos, sin = turns(positions[..., None], x.shape[-1], theta, scaling)
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
   return rotated.astype(x.dtype)

@@ -1,0 +1,95 @@
+"""Norm and rotation of a few nodes' heads on a GPU, in one launch.
+
+XLA takes two to four behind a product that is a kernel of its own.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from d2sd_jax.kernels.device import target_device
+from d2sd_jax.typing import Array, Float
+
+# More are a prefill's, whose work is not launches.
+MOST_ROWS = 128
+
+
+def fits(heads: Float[Array, "*positions heads H"]) -> bool:
+  """Whether the kernel can run, and pays."""
+  *positions, _, head_dim = heads.shape
+  return (
+    target_device().platform in ("cuda", "gpu")
+    and head_dim & (head_dim - 1) == 0
+    and functools.reduce(int.__mul__, positions, 1) <= MOST_ROWS
+  )
+
+
+def norm_and_rotate(
+  heads: Float[Array, "*positions heads H"],
+  cos: Float[Array, "*positions half"],
+  sin: Float[Array, "*positions half"],
+  norms: tuple[Float[Array, " H"], Float[Array, " H"]] | None,
+  eps: float,
+  *,
+  num_heads: int,
+  num_kv_heads: int,
+  interpret: bool = False,
+) -> Float[Array, "*positions rotated H"]:
+  """Normed and rotated queries and keys.
+
+  Args:
+    heads: queries, keys, then values, which are not read.
+    cos: of the angles of each position, float32.
+    sin: as `cos`.
+    norms: weights for a query's and a key's norm; `None` is no norm.
+    eps: of the norms.
+    num_heads: how many queries.
+    num_kv_heads: how many keys.
+    interpret: run by Pallas's interpreter, on any device.
+
+  Returns:
+    Queries, then keys.
+  """
+  *positions, held, head_dim = heads.shape
+  half, rotated = head_dim // 2, num_heads + num_kv_heads
+  heads = heads.reshape(-1, held, head_dim)
+  angles = [x.reshape(-1, half) for x in (cos, sin)]
+  own = pl.BlockSpec((None, None, head_dim), lambda row, i: (row, i, 0))
+  angle = pl.BlockSpec((None, half), lambda row, _: (row, 0))
+  norm = pl.BlockSpec((head_dim,), lambda *_: (0,))
+  out = pl.pallas_call(
+    functools.partial(_kernel, eps=eps, num_heads=num_heads),
+    grid=(len(heads), rotated),
+    in_specs=[own, angle, angle, *([norm] * 2 if norms else [])],
+    out_specs=own,
+    out_shape=jax.ShapeDtypeStruct(
+      (len(heads), rotated, head_dim), heads.dtype
+    ),
+    compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
+    interpret=interpret,
+    name="norm_and_rotate",
+  )(heads, *angles, *(norms or ()))
+  return out.reshape(*positions, rotated, head_dim)
+
+
+def _kernel(head_ref, cos_ref, sin_ref, *refs, eps, num_heads):
+  """One head of one node, its two halves apart."""
+  *norm_refs, out_ref = refs
+  half = len(cos_ref)
+  halves = (pl.ds(0, half), pl.ds(half, half))
+  a, b = (head_ref[at].astype(jnp.float32) for at in halves)
+  if norm_refs:
+    scale = jax.lax.rsqrt((a * a + b * b).sum() / (2 * half) + eps)
+    is_query = pl.program_id(1) < num_heads
+    query, key = norm_refs
+    a, b = (
+      x * scale * jnp.where(is_query, query[at], key[at]).astype(jnp.float32)
+      for x, at in zip((a, b), halves, strict=True)
+    )
+  cos, sin = cos_ref[...], sin_ref[...]
+  turned = (a * cos - b * sin, b * cos + a * sin)
+  for at, x in zip(halves, turned, strict=True):
+    out_ref[at] = x.astype(out_ref.dtype)
