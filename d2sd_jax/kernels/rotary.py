@@ -8,9 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from d2sd_jax.kernels.device import target_device
+from d2sd_jax.kernels import triton
 from d2sd_jax.typing import Array, Float
 
 # More are a prefill's, whose work is not launches.
@@ -21,7 +20,7 @@ def fits(heads: Float[Array, "*positions heads H"]) -> bool:
   """Whether the kernel can run, and pays."""
   *positions, _, head_dim = heads.shape
   return (
-    target_device().platform in ("cuda", "gpu")
+    triton.runs_here()
     and head_dim & (head_dim - 1) == 0
     and functools.reduce(int.__mul__, positions, 1) <= MOST_ROWS
   )
@@ -36,7 +35,6 @@ def norm_and_rotate(
   *,
   num_heads: int,
   num_kv_heads: int,
-  interpret: bool = False,
 ) -> Float[Array, "*positions rotated H"]:
   """Normed and rotated queries and keys.
 
@@ -48,7 +46,6 @@ def norm_and_rotate(
     eps: of the norms.
     num_heads: how many queries.
     num_kv_heads: how many keys.
-    interpret: run by Pallas's interpreter, on any device.
 
   Returns:
     Queries, then keys.
@@ -60,7 +57,7 @@ def norm_and_rotate(
   own = pl.BlockSpec((None, None, head_dim), lambda row, i: (row, i, 0))
   angle = pl.BlockSpec((None, half), lambda row, _: (row, 0))
   norm = pl.BlockSpec((head_dim,), lambda *_: (0,))
-  out = pl.pallas_call(
+  out = triton.call(
     functools.partial(_kernel, eps=eps, num_heads=num_heads),
     grid=(len(heads), rotated),
     in_specs=[own, angle, angle, *([norm] * 2 if norms else [])],
@@ -68,8 +65,7 @@ def norm_and_rotate(
     out_shape=jax.ShapeDtypeStruct(
       (len(heads), rotated, head_dim), heads.dtype
     ),
-    compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
-    interpret=interpret,
+    warps=1,
     name="norm_and_rotate",
   )(heads, *angles, *(norms or ()))
   return out.reshape(*positions, rotated, head_dim)

@@ -8,9 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from d2sd_jax.kernels.device import target_device
+from d2sd_jax.kernels import triton
 from d2sd_jax.typing import Array, Float, Int
 
 # A kernel's parameters are 4 KB at most, two pointers for each of these.
@@ -24,7 +23,7 @@ def fits(
   rows: tuple[Float[Array, "B J R H"], ...],
 ) -> bool:
   """Whether the kernel can write, and it pays."""
-  if not caches or target_device().platform not in ("cuda", "gpu"):
+  if not caches or not triton.runs_here():
     return False
   head_dim, count = caches[0].shape[3], rows[0].shape[2]
   return (
@@ -39,8 +38,6 @@ def write_all(
   caches: tuple[Float[Array, "B J S H"], ...],
   rows: tuple[Float[Array, "B J P H"], ...],
   starts: Int[Array, " B"],
-  *,
-  interpret: bool = False,
 ) -> tuple[Float[Array, "B J S H"], ...]:
   """Writes each array's rows to its cache, from row `starts[b]` on.
 
@@ -48,7 +45,6 @@ def write_all(
     caches: arrays that `fits`; donate them, so that they are written in place.
     rows: new rows, one array per cache.
     starts: first row to be written; `starts` + P must not pass the capacity.
-    interpret: run by Pallas's interpreter, on any device.
 
   Returns:
     The caches with P rows written.
@@ -57,7 +53,7 @@ def write_all(
   # One array of them all is made in few launches, and without a copy of each.
   new = jnp.stack([r.astype(caches[0].dtype) for r in rows])
   count = new.shape[3]
-  return pl.pallas_call(
+  return triton.call(
     functools.partial(_kernel, heads=heads, count=count),
     grid=(len(caches), batch * heads, count),
     in_specs=[
@@ -73,8 +69,7 @@ def write_all(
     ),
     out_shape=tuple(jax.ShapeDtypeStruct(c.shape, c.dtype) for c in caches),
     input_output_aliases={2 + i: i for i in range(len(caches))},
-    compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
-    interpret=interpret,
+    warps=1,
     name="write_all",
   )(starts, new, *caches)
 

@@ -8,8 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
+from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.cascade_attention.mosaic_gpu_kernel import CHUNK
 from d2sd_jax.typing import Array, Float
 
@@ -21,7 +21,6 @@ def merge(
   nodes: int,
   share: int,
   dtype: jax.typing.DTypeLike,
-  interpret: bool = False,
 ) -> Float[Array, "B nodes N H"]:
   """Outputs weighted by 2^(l - m) (Sec. 3.3), of each node and head.
 
@@ -32,7 +31,6 @@ def merge(
     nodes: how many of the rows are nodes.
     share: query heads of a key head.
     dtype: of the result.
-    interpret: run by Pallas's interpreter, on any device.
 
   Returns:
     One output for each node and query head.
@@ -40,7 +38,7 @@ def merge(
   batch, kv_heads, _, head_dim = outputs.shape[1:]
   own = lambda b, j, a, n: (0, b, j, a * share + n)
   splits = len(outputs)
-  return pl.pallas_call(
+  return triton.call(
     functools.partial(_kernel, nodes=nodes),
     grid=(batch * kv_heads, pl.cdiv(nodes, CHUNK), share),
     in_specs=[
@@ -60,8 +58,7 @@ def merge(
     out_shape=jax.ShapeDtypeStruct(
       (batch, nodes, kv_heads * share, head_dim), dtype
     ),
-    compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
-    interpret=interpret,
+    warps=2,
     name="merge",
   )(outputs, logs)
 
@@ -76,7 +73,7 @@ def _kernel(outputs_ref, logs_ref, merged_ref, *, nodes):
   total = functools.reduce(jnp.add, weights)[:, None]
   merged = functools.reduce(jnp.add, terms) / total
   there = pl.program_id(1) * rows + jnp.arange(rows) < nodes
-  triton.store(
+  triton.language.store(
     merged_ref,
     merged.astype(merged_ref.dtype),
     mask=jnp.broadcast_to(there[:, None], (rows, head_dim)),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from d2sd_jax.errors import require
+from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.cascade_attention import xla
 from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place, taken
 from d2sd_jax.kernels.device import target_device
@@ -178,7 +179,7 @@ def _attend(plan, interpret, arrays, options):
     merged=merged,
     interpret=interpret,
   )
-  if not merged and sinks is None:
+  if not merged and sinks is None and triton.runs_here():
     from d2sd_jax.kernels.cascade_attention.merge_triton import merge
 
     outputs = merge(
@@ -186,7 +187,6 @@ def _attend(plan, interpret, arrays, options):
       nodes=groups * nodes,
       share=share,
       dtype=query.dtype,
-      interpret=interpret is not None,
     )
   elif not merged:
     held = min(groups * nodes, kernel.CHUNK)

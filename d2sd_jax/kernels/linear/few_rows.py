@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
+from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.linear import lone_row
 from d2sd_jax.typing import Array, Float
 
@@ -47,7 +47,6 @@ def linear(
   residual: Float[Array, "... out"] | None = None,
   *,
   tile: tuple[int, int, int, int] | None = None,
-  interpret: bool = False,
 ) -> Float[Array, "... out"]:
   """See `api.linear`.
 
@@ -60,7 +59,6 @@ def linear(
     residual: see there.
     tile: rows of the stored matrix to a program, columns to a step, warps, and
       how many steps are loaded ahead.
-    interpret: run by Pallas's interpreter, on any device.
 
   Returns:
     As many rows, in `x`'s dtype.
@@ -83,7 +81,7 @@ def linear(
   if residual is not None:
     operands.append((residual.reshape(count, size), own))
   arrays, specs = zip(*operands, strict=True)
-  out = pl.pallas_call(
+  out = triton.call(
     functools.partial(
       _kernel,
       count=count,
@@ -94,8 +92,8 @@ def linear(
     in_specs=specs,
     out_specs=own,
     out_shape=jax.ShapeDtypeStruct((count, size), x.dtype),
-    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
-    interpret=interpret,
+    warps=warps,
+    stages=stages,
     name="few_rows",
   )(*arrays)
   return out.reshape(*shape, size)
@@ -109,6 +107,8 @@ def _tile(count, width):
 
 def _kernel(*refs, count, columns, eps):
   """A strip of every row's product."""
+  load, store = triton.language.load, triton.language.store
+  dot = triton.language.dot
   x_ref, matrix_ref, *refs, out_ref = refs
   norm_ref = None if eps is None else refs.pop(0)
   parts, strip, width = matrix_ref.shape
@@ -123,14 +123,14 @@ def _kernel(*refs, count, columns, eps):
       blocks, rows, sums, strict=True
     ):
       mask = jnp.broadcast_to(row[:, None], (block, columns))
-      x = triton.load(x_ref.at[pl.ds(start, block), at], mask=mask, other=0.0)
+      x = load(x_ref.at[pl.ds(start, block), at], mask=mask, other=0.0)
       if eps is not None:
         wide = x.astype(jnp.float32)
         squares = squares + (wide * wide).sum(1)
         factors = norm_ref[at].astype(jnp.float32)
         x = (wide * factors[None]).astype(x.dtype)
       products = [
-        p + triton.dot(x, m, trans_b=True)
+        p + dot(x, m, trans_b=True)
         for p, m in zip(products, matrices, strict=True)
       ]
       new.append((squares, *products))
@@ -156,9 +156,9 @@ def _kernel(*refs, count, columns, eps):
     at = (pl.ds(start, block), slice(None))
     mask = jnp.broadcast_to(row[:, None], out.shape)
     if refs:
-      added = triton.load(refs[0].at[at], mask=mask, other=0.0)
+      added = load(refs[0].at[at], mask=mask, other=0.0)
       out = out + added.astype(jnp.float32)
-    triton.store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
+    store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
 
 
 def _blocks(count):

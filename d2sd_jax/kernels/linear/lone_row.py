@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from d2sd_jax.kernels.device import target_device
+from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.quantized import QuantizedMatrix
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
@@ -43,8 +42,8 @@ def what_is_missing_here(
   x: Array, matrix: Any, dtypes: tuple[str, ...]
 ) -> str | None:
   """Why no Triton kernel reads this matrix on the device, or `None`."""
-  if target_device().platform not in ("cuda", "gpu"):
-    return "an NVIDIA GPU"
+  if not triton.runs_here():
+    return "an NVIDIA GPU, and a JAX with Pallas for Triton"
   if not isinstance(matrix, Transposed):
     return "a matrix stored [out, in]"
   if isinstance(matrix.stored, QuantizedMatrix):
@@ -63,7 +62,6 @@ def linear(
   residual: Float[Array, "... out"] | None = None,
   *,
   tile: tuple[int, int] | None = None,
-  interpret: bool = False,
 ) -> Float[Array, "... out"]:
   """See `api.linear`.
 
@@ -75,7 +73,6 @@ def linear(
     gated: see there.
     residual: see there.
     tile: rows of the stored matrix to a program, and its warps.
-    interpret: run by Pallas's interpreter, on any device.
 
   Returns:
     One row, in `x`'s dtype.
@@ -93,14 +90,13 @@ def linear(
   if residual is not None:
     operands.append((residual.reshape(-1), part))
   arrays, specs = zip(*operands, strict=True)
-  out = pl.pallas_call(
+  out = triton.call(
     functools.partial(_kernel, eps=None if norm is None else eps),
     grid=(size // rows,),
     in_specs=specs,
     out_specs=part,
     out_shape=jax.ShapeDtypeStruct((size,), x.dtype),
-    compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
-    interpret=interpret,
+    warps=warps,
     name="lone_row",
   )(*arrays)
   return out.reshape(*x.shape[:-1], -1)
