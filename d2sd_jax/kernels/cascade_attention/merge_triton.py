@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.cascade_attention.mosaic_gpu_kernel import CHUNK
 from d2sd_jax.typing import Array, Float
 
 
@@ -19,16 +18,18 @@ def merge(
   logs: Float[Array, "splits B J rows"],
   *,
   nodes: int,
+  chunk: int,
   share: int,
   dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "B nodes N H"]:
   """Outputs weighted by 2^(l - m) (Sec. 3.3), of each node and head.
 
   Args:
-    outputs: of each split; rows are chunks of `CHUNK` nodes of each of `share`
-      query heads, as the kernel takes them.
+    outputs: of each split; rows are chunks of nodes, each of all query heads of
+      a key head one after another, as the kernel takes them.
     logs: their log-sum-exp, base 2.
-    nodes: how many of the rows are nodes.
+    nodes: how many there are.
+    chunk: nodes in a chunk.
     share: query heads of a key head.
     dtype: of the result.
 
@@ -40,19 +41,19 @@ def merge(
   splits = len(outputs)
   return triton.call(
     functools.partial(_kernel, nodes=nodes),
-    grid=(batch * kv_heads, pl.cdiv(nodes, CHUNK), share),
+    grid=(batch * kv_heads, pl.cdiv(nodes, chunk), share),
     in_specs=[
       pl.BlockSpec(
-        (splits, None, None, CHUNK, head_dim),
+        (splits, None, None, chunk, head_dim),
         lambda i, a, n: (*own(i // kv_heads, i % kv_heads, a, n), 0),
       ),
       pl.BlockSpec(
-        (splits, None, None, CHUNK),
+        (splits, None, None, chunk),
         lambda i, a, n: own(i // kv_heads, i % kv_heads, a, n),
       ),
     ],
     out_specs=pl.BlockSpec(
-      (None, CHUNK, None, head_dim),
+      (None, chunk, None, head_dim),
       lambda i, a, n: (i // kv_heads, a, i % kv_heads * share + n, 0),
     ),
     out_shape=jax.ShapeDtypeStruct(

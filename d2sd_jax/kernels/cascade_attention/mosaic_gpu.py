@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 
 from d2sd_jax.errors import require
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.cascade_attention import xla
+from d2sd_jax.kernels.cascade_attention import merge_triton, xla
 from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place, taken
 from d2sd_jax.kernels.device import target_device
 from d2sd_jax.typing import Array
@@ -180,11 +180,10 @@ def _attend(plan, interpret, arrays, options):
     interpret=interpret,
   )
   if not merged and sinks is None and triton.runs_here():
-    from d2sd_jax.kernels.cascade_attention.merge_triton import merge
-
-    outputs = merge(
+    outputs = merge_triton.merge(
       *outputs,
       nodes=groups * nodes,
+      chunk=kernel.CHUNK,
       share=share,
       dtype=query.dtype,
     )
