@@ -148,7 +148,7 @@ def test_one_row_takes_few_launches(sizes):
   calls = Counter(re.findall(_PALLAS, hlo))
   assert calls["lone_row"] == 4 * layers
   assert calls["norm_and_rotate"] == layers
-  assert calls["merge"] == layers
+  assert calls["lone_node"] == layers
   assert calls["write_all"] == 1
   # Nothing else knows a layer's matrices, or moves a cache.
   layer = models.target.layers[0]

@@ -1,10 +1,12 @@
-"""Small kernels by Pallas's interpreter: alone, and in whole decodings."""
+"""Small kernels, by Pallas's interpreter or on a GPU, and whole decodings."""
 
+import contextlib
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 import tiny
 
@@ -12,9 +14,21 @@ from d2sd_jax import Models, Sampling, TreeConfig, generate
 from d2sd_jax.decoding.placement import put_drafter
 from d2sd_jax.io import hf_tensors
 from d2sd_jax.kernels import rotary, transposed, triton
+from d2sd_jax.kernels.cascade_attention import Heads, cascade_attention
+from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.kernels.cascade_attention.merge_triton import merge
 from d2sd_jax.kernels.write_all import fits
 from d2sd_jax.models.cache import KVCache, commit_path
+
+
+@pytest.fixture(
+  params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+def kernels(request):
+  """The kernels run: interpreted, or as they are."""
+  by_hand = request.param == "interpreter"
+  with triton.interpreter() if by_hand else contextlib.nullcontext():
+    yield
 
 
 def _draw(seed, *shapes, dtype=jnp.float32):
@@ -24,7 +38,7 @@ def _draw(seed, *shapes, dtype=jnp.float32):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("batch", "path"), [(1, 1), (3, 5)])
-def test_rows_go_into_all_caches(batch, path, dtype):
+def test_rows_go_into_all_caches(kernels, batch, path, dtype):
   shape, size = (batch, 3, 40, 32), (batch, 3, 7, 32)
   arrays = _draw(batch, *[shape] * 4, *[size] * 4, dtype=dtype)
   caches, rows = tuple(arrays[:4]), tuple(arrays[4:])
@@ -36,10 +50,9 @@ def test_rows_go_into_all_caches(batch, path, dtype):
     at = slice(starts[b], starts[b] + path)
     expected[:, b, :, at] = np.stack(rows)[:, b][:, :, index[b]]
   halves = lambda x: KVCache(keys=x[:2], values=x[2:])
-  with triton.interpreter():
-    got = commit_path(
-      *(halves(caches), halves(rows), jnp.asarray(index), jnp.asarray(starts))
-    )
+  got = commit_path(
+    *(halves(caches), halves(rows), jnp.asarray(index), jnp.asarray(starts))
+  )
   np.testing.assert_array_equal(np.stack((*got.keys, *got.values)), expected)
 
 
@@ -57,7 +70,7 @@ def test_which_caches_are_written_so():
 
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_norm_and_rotation(normed, dtype):
+def test_norm_and_rotation(kernels, normed, dtype):
   heads, query, key = _draw(3, (2, 3, 5, 9, 16), (16,), (16,), dtype=dtype)
   (angles,) = _draw(4, (2, 3, 5, 8))
   exact, turn = np.asarray(heads[..., :7, :], np.float64), np.float64(angles)
@@ -68,15 +81,14 @@ def test_norm_and_rotation(normed, dtype):
   turned = exact[..., :8] + 1j * exact[..., 8:]
   turned = turned * np.exp(1j * turn)[..., None, :]
   exact = np.concatenate([turned.real, turned.imag], -1)
-  with triton.interpreter():
-    assert rotary.fits(heads)
-    got = rotary.norm_and_rotate(
-      *(heads, jnp.cos(angles), jnp.sin(angles)),
-      (query, key) if normed else None,
-      0.25,
-      num_heads=5,
-      num_kv_heads=2,
-    )
+  assert rotary.fits(heads)
+  got = rotary.norm_and_rotate(
+    *(heads, jnp.cos(angles), jnp.sin(angles)),
+    (query, key) if normed else None,
+    0.25,
+    num_heads=5,
+    num_kv_heads=2,
+  )
   assert got.dtype == dtype
   tolerance = 1e-5 if dtype == jnp.float32 else 2**-7
   np.testing.assert_allclose(np.float64(got), exact, tolerance, tolerance)
@@ -86,7 +98,7 @@ def test_norm_and_rotation(normed, dtype):
   ("splits", "batch", "kv_heads", "share", "nodes", "dim"),
   [(3, 2, 3, 3, 13, 64), (1, 1, 2, 4, 1, 128), (5, 1, 2, 1, 8, 64)],
 )
-def test_splits_are_merged(splits, batch, kv_heads, share, nodes, dim):
+def test_splits_are_merged(kernels, splits, batch, kv_heads, share, nodes, dim):
   chunks = -(-nodes // 8)
   # The kernel's rows fill whole tiles; what no node stands for may be anything.
   rows = -(-chunks * share * 8 // 64) * 64
@@ -101,15 +113,75 @@ def test_splits_are_merged(splits, batch, kv_heads, share, nodes, dim):
   exact = np.moveaxis(exact, (2, 4), (1, 2)).reshape(
     batch, -1, kv_heads * share, dim
   )
-  with triton.interpreter():
-    got = merge(
-      *(outputs, logs),
-      nodes=nodes,
-      chunk=8,
-      share=share,
-      dtype=jnp.float32,
-    )
+  got = merge(
+    *(outputs, logs), nodes=nodes, chunk=8, share=share, dtype=jnp.float32
+  )
   np.testing.assert_allclose(got, exact[:, :nodes], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+  ("batch", "kv_heads", "share", "size", "dim", "options"),
+  [
+    (1, 3, 3, 200, 64, {}),
+    (2, 2, 4, 300, 128, {"window": 7, "sinks": True}),
+    (3, 1, 8, 40, 64, {"sinks": True, "itself": False}),
+    (2, 2, 1, 130, 16, {"window": 150, "itself": False}),
+  ],
+)
+def test_a_lone_node(
+  kernels, batch, kv_heads, share, size, dim, options, apart
+):
+  rng = np.random.default_rng(size)
+  heads = kv_heads * share
+  shapes = [(batch, 1, 1, heads, dim), (batch, kv_heads, size, dim)]
+  shapes += [shapes[1], *[(batch, 1, 1, kv_heads, dim)] * 2, (heads,)]
+  *arrays, sinks = _draw(size, *shapes, dtype=jnp.bfloat16)
+  # One row sees nothing of the prefix, one all of it.
+  ends = rng.permutation(np.linspace(0, size, max(batch, 2)).astype(int))
+  ends = jnp.asarray(ends[:batch, None])
+  start = None
+  if "window" in options:
+    start = jnp.maximum(ends - options["window"], 0)[:, :, None]
+  options = {
+    "prefix_end": ends,
+    "prefix_start": start,
+    "local_mask": jnp.full((1, 1, 1, 1), options.get("itself", True)),
+    "sinks": sinks if options.get("sinks") else None,
+  }
+  exact = oracles.cascade_attention(
+    *(np.asarray(a, np.float64) for a in arrays),
+    **{k: v if v is None else np.asarray(v) for k, v in options.items()},
+  )
+  query, *prefix, keys, values = arrays
+  if not apart:
+    together = jnp.concatenate([query, keys, values], axis=3)
+    query, keys, values = (
+      Heads(array=together, first=first, count=count)
+      for first, count in (
+        (0, heads),
+        (heads, kv_heads),
+        (heads + kv_heads, kv_heads),
+      )
+    )
+  got = cascade_attention(
+    *(query, *prefix, keys, values), **options, implementation="lone_node"
+  )
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float64(got), exact, 2**-6, 2**-6)
+
+
+def test_when_a_lone_node_is_attended_so():
+  def chosen(nodes=1, size=1024, dtype=jnp.bfloat16, heads=6):
+    query = jnp.zeros((2, 1, nodes, heads, 32), dtype)
+    return default_implementation(query, jnp.zeros((2, 2, size, 32), dtype))
+
+  assert chosen() == "xla"
+  with triton.interpreter():
+    assert chosen() == "lone_node"
+    for other in ({"nodes": 2}, {"size": 1025}, {"dtype": jnp.float32}):
+      assert chosen(**other) == "xla"
+    assert chosen(heads=34) == "xla"
 
 
 @pytest.fixture

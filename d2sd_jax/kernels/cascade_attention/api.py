@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.cascade_attention import (
   cudnn,
+  lone_node,
   mosaic_gpu,
   mosaic_tpu,
   reference,
@@ -18,13 +19,14 @@ from d2sd_jax.typing import Array, Bool, Float, Int
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Array]] = {
   "cudnn": cudnn.cascade_attention,
+  "lone_node": lone_node.cascade_attention,
   "mosaic_gpu": mosaic_gpu.cascade_attention,
   "mosaic_tpu": mosaic_tpu.cascade_attention,
   "reference": reference.cascade_attention,
   "xla": xla.cascade_attention,
 }
 # What reads `Heads` where they lie.
-IN_PLACE = ("mosaic_gpu",)
+IN_PLACE = ("lone_node", "mosaic_gpu")
 CAUSAL: Literal["causal"] = "causal"
 LocalMask = Bool[Array, "#B #G R R"] | Literal["causal"] | None
 # From so many nodes a row, one dense flash attention beats two parts in XLA.
@@ -143,6 +145,8 @@ def default_implementation(
   """
   _, groups, nodes, _, head_dim = query.shape
   rows = groups * nodes
+  if lone_node.wins(query, prefix_keys, local_keys):
+    return "lone_node"
   if mosaic_gpu.wins(query, prefix_keys, local_keys):
     return "mosaic_gpu"
   fits = (
