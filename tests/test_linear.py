@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from d2sd_jax import UsageError
+from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.linear import (
   IMPLEMENTATIONS,
   api,

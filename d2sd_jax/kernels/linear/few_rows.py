@@ -46,7 +46,7 @@ def linear(
   gated: bool = False,
   residual: Float[Array, "... out"] | None = None,
   *,
-  tile: tuple[int, int, int, int] | None = None,
+  tile: tuple[int, int, int, int, int] | None = None,
 ) -> Float[Array, "... out"]:
   """See `api.linear`.
 
@@ -57,8 +57,8 @@ def linear(
     eps: see there.
     gated: see there.
     residual: see there.
-    tile: rows of the stored matrix to a program, columns to a step, warps, and
-      how many steps are loaded ahead.
+    tile: rows of the stored matrix to a program, rows of `x` to a product,
+      columns to a step, warps, and how many steps are loaded ahead.
 
   Returns:
     As many rows, in `x`'s dtype.
@@ -68,8 +68,8 @@ def linear(
   x = x.reshape(-1, width)
   stored = stored.reshape(parts, -1, width)
   count, size = len(x), stored.shape[1]
-  strip, columns, warps, stages = tile or _tile(count, width)
-  padded = pl.cdiv(count, LEAST) * LEAST
+  strip, block, columns, warps, stages = tile or _tile(count, width)
+  padded = sum(_blocks(count, block)[-1])
   strips = pl.BlockSpec((parts, strip, width), lambda i: (0, i, 0))
   own = pl.BlockSpec((padded, strip), lambda i: (0, i))
   operands = [
@@ -85,6 +85,7 @@ def linear(
     functools.partial(
       _kernel,
       count=count,
+      block=block,
       columns=columns,
       eps=None if norm is None else eps,
     ),
@@ -102,17 +103,17 @@ def linear(
 def _tile(count, width):
   """Sizes of a program's work."""
   columns = min(128 if count <= LEAST else 64, width & -width)
-  return LEAST, columns, 4, 4
+  return LEAST, 64, columns, 4, 4
 
 
-def _kernel(*refs, count, columns, eps):
+def _kernel(*refs, count, block, columns, eps):
   """A strip of every row's product."""
   load, store = triton.language.load, triton.language.store
   dot = triton.language.dot
   x_ref, matrix_ref, *refs, out_ref = refs
   norm_ref = None if eps is None else refs.pop(0)
   parts, strip, width = matrix_ref.shape
-  blocks = _blocks(count)
+  blocks = _blocks(count, block)
   rows = [start + jnp.arange(block) < count for start, block in blocks]
 
   def step(k, sums):
@@ -161,12 +162,8 @@ def _kernel(*refs, count, columns, eps):
     store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
 
 
-def _blocks(count):
+def _blocks(count, most):
   """Rows in pieces, each a power of two, as Triton's operands are."""
-  blocks, start = [], 0
-  while start < count:
-    left = pl.cdiv(count - start, LEAST) * LEAST
-    block = min(64, 1 << left.bit_length() - 1)
-    blocks.append((start, block))
-    start += block
-  return blocks
+  starts = range(0, count, most)
+  size = lambda start: pl.next_power_of_2(max(LEAST, count - start))
+  return [(start, min(most, size(start))) for start in starts]
