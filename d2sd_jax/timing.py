@@ -21,6 +21,7 @@ Step = Callable[[Any, Any, Any], Any]
 # What a compiled program holds when a kernel of ours, or cuDNN's, is in it.
 _MARKS = {
   "cudnn": "cudnn",
+  "lone_node": "lone_node",
   "mosaic_gpu": "mosaic_gpu",
   "mosaic_tpu": "tpu_custom_call",
 }
@@ -160,5 +161,14 @@ def time_step(
 
 
 def _custom_calls(hlo: str) -> tuple[str, ...]:
-  """The names of what a compiled program calls, each once."""
-  return tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', hlo))))
+  """The names of what a compiled program calls, each once.
+
+  All of Triton's kernels are one target: those are told by their own names.
+  """
+  called = set()
+  for line in hlo.splitlines():
+    if target := re.search(r'custom_call_target="([^"]+)"', line):
+      own = re.search(r'op_name="[^"]*/(\w+)/pallas_call"', line)
+      triton = own if "triton" in target[1] else None
+      called.add((triton or target)[1])
+  return tuple(sorted(called))

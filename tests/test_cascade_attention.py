@@ -25,8 +25,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # cuDNN itself needs a GPU; all that is ours around it runs here as well.
 _DENSE = "cudnn around XLA"
-# Hopper's kernel takes other sizes, and is slow here: test_mosaic_gpu.py.
-_WITH_SINKS = sorted(set(IMPLEMENTATIONS) - {"cudnn", "mosaic_gpu"})
+# Hopper's kernel takes other sizes, and is slow here: test_mosaic_gpu.py. One
+# takes lone nodes alone: test_triton.py.
+_WITH_SINKS = sorted(
+  set(IMPLEMENTATIONS) - {"cudnn", "lone_node", "mosaic_gpu"}
+)
 _EVERY = pytest.mark.parametrize("implementation", [*_WITH_SINKS, _DENSE])
 _EVERY_WITH_SINKS = pytest.mark.parametrize("implementation", _WITH_SINKS)
 # Far beyond any real key or value, and finite in bfloat16 too.
