@@ -339,7 +339,10 @@ def test_an_older_jax_is_named(monkeypatch):
   ("has_kernels", "capability", "dtype", "nodes", "size", "name"),
   [
     (True, "9.0", jnp.bfloat16, 80, 64, "mosaic_gpu"),
-    (True, "9.0", jnp.float16, 1, 64, "mosaic_gpu"),
+    (True, "9.0", jnp.float16, 2, 64, "mosaic_gpu"),
+    (True, "9.0", jnp.float16, 1, 64, "lone_node"),
+    (True, "8.0", jnp.float16, 1, 64, "lone_node"),
+    (True, "9.0", jnp.float16, 1, 4096, "mosaic_gpu"),
     (False, "9.0", jnp.bfloat16, 80, 64, "xla"),
     (True, "8.0", jnp.bfloat16, 80, 64, "xla"),
     (True, "10.0", jnp.bfloat16, 80, 64, "xla"),
