@@ -69,15 +69,14 @@ def linear(
   stored = stored.reshape(parts, -1, width)
   count, size = len(x), stored.shape[1]
   strip, block, columns, warps, stages = tile or _tile(count, width)
-  padded = sum(_blocks(count, block)[-1])
-  strips = pl.BlockSpec((parts, strip, width), lambda i: (0, i, 0))
-  own = pl.BlockSpec((padded, strip), lambda i: (0, i))
+  block = min(block, max(LEAST, pl.next_power_of_2(count)))
+  own = pl.BlockSpec((block, strip), lambda m, i: (m, i))
   operands = [
-    (x, pl.BlockSpec((padded, width), lambda i: (0, 0))),
-    (stored, strips),
+    (x, pl.BlockSpec((block, width), lambda m, _: (m, 0))),
+    (stored, pl.BlockSpec((parts, strip, width), lambda _, i: (0, i, 0))),
   ]
   if norm is not None:
-    operands.append((norm, pl.BlockSpec((width,), lambda i: (0,))))
+    operands.append((norm, pl.BlockSpec((width,), lambda *_: (0,))))
   if residual is not None:
     operands.append((residual.reshape(count, size), own))
   arrays, specs = zip(*operands, strict=True)
@@ -85,11 +84,11 @@ def linear(
     functools.partial(
       _kernel,
       count=count,
-      block=block,
       columns=columns,
       eps=None if norm is None else eps,
     ),
-    grid=(size // strip,),
+    # Programs of one strip run at once, and find it in the cache.
+    grid=(pl.cdiv(count, block), size // strip),
     in_specs=specs,
     out_specs=own,
     out_shape=jax.ShapeDtypeStruct((count, size), x.dtype),
@@ -106,64 +105,41 @@ def _tile(count, width):
   return LEAST, 64, columns, 4, 4
 
 
-def _kernel(*refs, count, block, columns, eps):
-  """A strip of every row's product."""
-  load, store = triton.language.load, triton.language.store
-  dot = triton.language.dot
+def _kernel(*refs, count, columns, eps):
+  """A block of rows times a strip of the matrix."""
+  load, dot = triton.language.load, triton.language.dot
   x_ref, matrix_ref, *refs, out_ref = refs
   norm_ref = None if eps is None else refs.pop(0)
   parts, strip, width = matrix_ref.shape
-  blocks = _blocks(count, block)
-  rows = [start + jnp.arange(block) < count for start, block in blocks]
+  block = len(x_ref)
+  there = pl.program_id(0) * block + jnp.arange(block) < count
+  mask = lambda size: jnp.broadcast_to(there[:, None], (block, size))
 
   def step(k, sums):
+    squares, *products = sums
     at = pl.ds(k * columns, columns)
-    matrices = [matrix_ref[i, :, at] for i in range(parts)]
-    new = []
-    for (start, block), row, (squares, *products) in zip(
-      blocks, rows, sums, strict=True
-    ):
-      mask = jnp.broadcast_to(row[:, None], (block, columns))
-      x = load(x_ref.at[pl.ds(start, block), at], mask=mask, other=0.0)
-      if eps is not None:
-        wide = x.astype(jnp.float32)
-        squares = squares + (wide * wide).sum(1)
-        factors = norm_ref[at].astype(jnp.float32)
-        x = (wide * factors[None]).astype(x.dtype)
-      products = [
-        p + dot(x, m, trans_b=True)
-        for p, m in zip(products, matrices, strict=True)
-      ]
-      new.append((squares, *products))
-    return tuple(new)
+    x = load(x_ref.at[:, at], mask=mask(columns), other=0.0)
+    if eps is not None:
+      wide = x.astype(jnp.float32)
+      squares = squares + (wide * wide).sum(1)
+      x = (wide * norm_ref[at].astype(jnp.float32)[None]).astype(x.dtype)
+    return squares, *(
+      product + dot(x, matrix_ref[i, :, at], trans_b=True)
+      for i, product in enumerate(products)
+    )
 
   zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
-  sums = jax.lax.fori_loop(
+  squares, *products = jax.lax.fori_loop(
     *(0, width // columns, step),
-    tuple(
-      (zeros(block), *(zeros(block, strip) for _ in range(parts)))
-      for _, block in blocks
-    ),
+    (zeros(block), *(zeros(block, strip) for _ in range(parts))),
   )
-  for (start, block), row, (squares, *products) in zip(
-    blocks, rows, sums, strict=True
-  ):
-    if eps is not None:
-      scale = jax.lax.rsqrt(squares / width + eps)[:, None]
-      products = [p * scale for p in products]
-    out = products[0]
-    if parts == 2:
-      out = out * jax.nn.sigmoid(out) * products[1]
-    at = (pl.ds(start, block), slice(None))
-    mask = jnp.broadcast_to(row[:, None], out.shape)
-    if refs:
-      added = load(refs[0].at[at], mask=mask, other=0.0)
-      out = out + added.astype(jnp.float32)
-    store(out_ref.at[at], out.astype(out_ref.dtype), mask=mask)
-
-
-def _blocks(count, most):
-  """Rows in pieces, each a power of two, as Triton's operands are."""
-  starts = range(0, count, most)
-  size = lambda start: pl.next_power_of_2(max(LEAST, count - start))
-  return [(start, min(most, size(start))) for start in starts]
+  if eps is not None:
+    scale = jax.lax.rsqrt(squares / width + eps)[:, None]
+    products = [product * scale for product in products]
+  out = products[0]
+  if parts == 2:
+    out = out * jax.nn.sigmoid(out) * products[1]
+  if refs:
+    added = load(refs[0], mask=mask(strip), other=0.0)
+    out = out + added.astype(jnp.float32)
+  triton.language.store(out_ref, out.astype(out_ref.dtype), mask=mask(strip))
