@@ -22,8 +22,8 @@ from d2sd_jax import (
 pytestmark = pytest.mark.aot
 # Bytes beside weights, caches and the decode state. Measured: 0.057e9, 0.105e9
 # and 0.44e9, the H200's for sums of parts of its products.
-_PALLAS = r'custom-call\(.*op_name="[^"]*/(\w+)/pallas_call"'
 _TEMPORARY = {"v5e": 0.1e9, "v6e": 0.15e9, "h200": 0.5e9}
+_PALLAS = r'custom-call\(.*op_name="[^"]*/(\w+)/pallas_call"'
 
 
 @pytest.fixture(scope="module", params=["v5e", "v6e", "h200"])
@@ -157,6 +157,20 @@ def test_one_row_takes_few_launches(sizes):
     assert not re.search(rf"\w+\[{outputs},{inputs}\]\S* fusion", hlo), name
   shape = state.target_cache.keys[0].shape
   assert list(chips.copies(hlo, f"bf16[{','.join(map(str, shape))}]")) == []
+
+
+def test_a_cycle_of_a_small_target_takes_few_launches():
+  with jax.default_device(chips.device_of("h200")):
+    args = chips.arguments(3, 1, chips.SMOLLM2_135M)
+    hlo = chips.compile_program(
+      generate, *args, mode="d2sd", config=chips.TREE
+    ).as_text()
+  # The target's layers and those of two drafters.
+  layers = 3 + 2 * chips.DRAFTER_LAYERS
+  calls = Counter(re.findall(_PALLAS, hlo))
+  assert calls["few_rows"] >= 4 * layers
+  assert calls["norm_and_rotate"] == calls["merge"] == layers
+  assert calls["write_all"] == 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -22,7 +22,7 @@ RUNS = (
   (1, lone_row, jnp.float32),
   (1, lone_row, jnp.bfloat16),
   (3, few_rows, jnp.bfloat16),
-  (16, few_rows, jnp.float16),
+  (16, few_rows, jnp.bfloat16),
   (72, few_rows, jnp.bfloat16),
 )
 # Normed, gated, added to.
@@ -114,6 +114,8 @@ def test_a_lone_row_may_have_any_rank(rows):
     (128, 2**12, jnp.bfloat16, "few_rows"),
     (129, 2**12, jnp.bfloat16, "xla"),
     (128, 2**12, jnp.float32, "xla"),
+    (128, 2**12, jnp.float16, "xla"),
+    (0, 2**12, jnp.bfloat16, "xla"),
     (128, 2**12 + 8, jnp.bfloat16, "xla"),
     (128, 2**13, jnp.bfloat16, "xla"),
   ],
@@ -148,6 +150,13 @@ def test_what_cannot_run_says_why():
   np.testing.assert_array_equal(
     linear(x, matrix, implementation="xla"), linear(x, stored.T)
   )
+
+
+def test_a_matrix_of_another_width_is_refused():
+  x, stored = _draw(jnp.bfloat16, (1, 64), (32, 128))
+  for kernel in (lone_row, few_rows):
+    with triton.interpreter(), pytest.raises(TypeError, match="reshape"):
+      kernel.linear(x, stored)
 
 
 @pytest.mark.gpu

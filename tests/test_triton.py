@@ -1,6 +1,8 @@
 """Small kernels, by Pallas's interpreter or on a GPU, and whole decodings."""
 
 import contextlib
+import dataclasses
+import types
 from collections import Counter
 
 import jax
@@ -19,6 +21,7 @@ from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.kernels.cascade_attention.merge_triton import merge
 from d2sd_jax.kernels.write_all import fits
 from d2sd_jax.models.cache import KVCache, commit_path
+from d2sd_jax.timing import _custom_calls
 
 
 @pytest.fixture(
@@ -43,15 +46,19 @@ def test_rows_go_into_all_caches(kernels, batch, path, dtype):
   arrays = _draw(batch, *[shape] * 4, *[size] * 4, dtype=dtype)
   caches, rows = tuple(arrays[:4]), tuple(arrays[4:])
   rng = np.random.default_rng(path)
-  starts = rng.permutation(shape[2] - path)[:batch]
+  # The last rows, rows before them, and rows that would pass the end.
+  last = shape[2] - path
+  asked = np.array([last, 3, last + 2])[:batch]
+  starts = np.minimum(asked, last)
   index = rng.integers(0, size[2], (batch, path))
   expected = np.stack(caches)
   for b in range(batch):
     at = slice(starts[b], starts[b] + path)
     expected[:, b, :, at] = np.stack(rows)[:, b][:, :, index[b]]
   halves = lambda x: KVCache(keys=x[:2], values=x[2:])
+  assert fits(caches, rows)
   got = commit_path(
-    *(halves(caches), halves(rows), jnp.asarray(index), jnp.asarray(starts))
+    *(halves(caches), halves(rows), jnp.asarray(index), jnp.asarray(asked))
   )
   np.testing.assert_array_equal(np.stack((*got.keys, *got.values)), expected)
 
@@ -65,7 +72,9 @@ def test_which_caches_are_written_so():
     assert not fits((cache, cache[:, :, :39]), (rows,) * 2)
     assert not fits((cache[..., :24],) * 2, (rows[..., :24],) * 2)
     long = jnp.zeros((2, 3, 129, 32))
-    assert not fits((cache,) * 2, (long,) * 2)
+    assert not fits((jnp.zeros((2, 3, 200, 32)),) * 2, (long,) * 2)
+    assert not fits((cache[:, :, :6],) * 2, (rows,) * 2)
+    assert not fits((cache, cache.astype(jnp.bfloat16)), (rows,) * 2)
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -82,7 +91,7 @@ def test_norm_and_rotation(kernels, normed, dtype):
   turned = turned * np.exp(1j * turn)[..., None, :]
   exact = np.concatenate([turned.real, turned.imag], -1)
   assert rotary.fits(heads)
-  got = rotary.norm_and_rotate(
+  got = rotary.queries_and_keys(
     *(heads, jnp.cos(angles), jnp.sin(angles)),
     (query, key) if normed else None,
     0.25,
@@ -132,17 +141,15 @@ def test_splits_are_merged(kernels, splits, batch, kv_heads, share, nodes, dim):
 def test_a_lone_node(
   kernels, batch, kv_heads, share, size, dim, options, apart
 ):
-  rng = np.random.default_rng(size)
   heads = kv_heads * share
   shapes = [(batch, 1, 1, heads, dim), (batch, kv_heads, size, dim)]
   shapes += [shapes[1], *[(batch, 1, 1, kv_heads, dim)] * 2, (heads,)]
   *arrays, sinks = _draw(size, *shapes, dtype=jnp.bfloat16)
-  # One row sees nothing of the prefix, one all of it.
-  ends = rng.permutation(np.linspace(0, size, max(batch, 2)).astype(int))
-  ends = jnp.asarray(ends[:batch, None])
+  # A key past a block, nothing of the prefix, all of it.
+  ends = jnp.asarray(np.array([min(129, size - 1), 0, size])[:batch, None])
   start = None
   if "window" in options:
-    start = jnp.maximum(ends - options["window"], 0)[:, :, None]
+    start = (ends - options["window"])[:, :, None]  # May lie before the first.
   options = {
     "prefix_end": ends,
     "prefix_start": start,
@@ -169,6 +176,41 @@ def test_a_lone_node(
   )
   assert got.dtype == jnp.bfloat16
   np.testing.assert_allclose(np.float64(got), exact, 2**-6, 2**-6)
+
+
+def test_a_lone_nodes_gradient_is_that_of_xla():
+  shapes = [(2, 1, 1, 4, 16), *[(2, 2, 20, 16)] * 2, *[(2, 1, 1, 2, 16)] * 2]
+  arrays = _draw(5, *shapes, dtype=jnp.bfloat16)
+
+  def loss(arrays, name):
+    ends = jnp.asarray([7, 20])
+    out = cascade_attention(*arrays, prefix_end=ends, implementation=name)
+    return (out.astype(jnp.float32) ** 2).sum()
+
+  with triton.interpreter():
+    got = jax.grad(loss)(arrays, "lone_node")
+  for x, y in zip(got, jax.grad(loss)(arrays, "xla"), strict=True):
+    np.testing.assert_allclose(*map(np.float64, (x, y)), 2**-5, 2**-5)
+
+
+@pytest.mark.parametrize(
+  ("capability", "runs"),
+  [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)],
+)
+def test_the_devices_that_run_them(monkeypatch, capability, runs):
+  device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+  monkeypatch.setattr(triton, "target_device", lambda: device)
+  assert triton.runs_here() == runs
+
+
+def test_programs_tell_their_kernels():
+  hlo = """
+    %a = f32[1] custom-call(%x), custom_call_target="__cublas$gemm"
+    %b = f32[1] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/while/body/lone_row/pallas_call"}
+    %c = f32[1] fusion(%x), metadata={op_name="jit(f)/few_rows/pallas_call"}
+  """
+  assert _custom_calls(hlo) == ("__cublas$gemm", "lone_row")
 
 
 def test_when_a_lone_node_is_attended_so():
@@ -202,10 +244,9 @@ def interpreted(monkeypatch):
   jax.clear_caches()
 
 
-def _decode(mode):
-  config = tiny.TARGET
+def _decode(mode, config=tiny.TARGET, dtype=jnp.float32):
   tensors = tiny.target_tensors(config, 0)
-  target = hf_tensors.target_from_tensors(config, tensors, jnp.float32)
+  target = hf_tensors.target_from_tensors(config, tensors, dtype)
   drafters = (tiny.drafter(tiny.DFLASH, 1), tiny.drafter(tiny.VP, 2))
   drafters = tuple(put_drafter(d, None) for d in drafters if mode == "d2sd")
   models = Models(target=target, drafters=drafters)
@@ -233,3 +274,18 @@ def test_decoding(request):
   assert names["lone_row"] == 0
   assert names["norm_and_rotate"] >= layers
   assert names["write_all"] >= 1
+
+
+def test_decoding_in_bfloat16(interpreted):
+  """Kernels of 16-bit operands; their tokens may differ where two are close."""
+  config = dataclasses.replace(tiny.GGUF_TARGET, head_dim=16)
+  for mode, names in {
+    "ar": ("lone_row", "lone_node"),
+    "prompt_lookup": ("few_rows",),
+  }.items():
+    interpreted.clear()
+    (tokens,) = _decode(mode, config, jnp.bfloat16)
+    assert len(tokens) == 9
+    assert max(tokens) < config.vocab_size
+    for name in (*names, "norm_and_rotate", "write_all"):
+      assert interpreted[name] >= 1, (mode, name)

@@ -26,7 +26,7 @@ def fits(heads: Float[Array, "*positions heads H"]) -> bool:
   )
 
 
-def norm_and_rotate(
+def queries_and_keys(
   heads: Float[Array, "*positions heads H"],
   cos: Float[Array, "*positions half"],
   sin: Float[Array, "*positions half"],
@@ -36,7 +36,7 @@ def norm_and_rotate(
   num_heads: int,
   num_kv_heads: int,
 ) -> Float[Array, "*positions rotated H"]:
-  """Normed and rotated queries and keys.
+  """Normed and rotated queries and keys, without a gradient.
 
   Args:
     heads: queries, keys, then values, which are not read.
@@ -53,7 +53,10 @@ def norm_and_rotate(
   *positions, held, head_dim = heads.shape
   half, rotated = head_dim // 2, num_heads + num_kv_heads
   heads = heads.reshape(-1, held, head_dim)
-  angles = [x.reshape(-1, half) for x in (cos, sin)]
+  angles = [
+    jnp.broadcast_to(x, (*positions, half)).reshape(-1, half)
+    for x in (cos, sin)
+  ]
   own = pl.BlockSpec((None, None, head_dim), lambda row, i: (row, i, 0))
   angle = pl.BlockSpec((None, half), lambda row, _: (row, 0))
   norm = pl.BlockSpec((head_dim,), lambda *_: (0,))

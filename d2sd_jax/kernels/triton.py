@@ -18,13 +18,19 @@ try:
 except ImportError:
   language = None  # type: ignore[assignment]
 
+DEVICE = "an NVIDIA GPU of Ampere or newer, and a JAX with Pallas for Triton"
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
 def runs_here() -> bool:
-  """Whether such a kernel can run where this is traced."""
-  gpu = target_device().platform in ("cuda", "gpu")
-  return language is not None and (gpu or _interpreted.get())
+  """Whether such a kernel can run where this is traced: NVIDIA, from Ampere on.
+
+  Kernels have no gradient but where they say so: they are decoding's.
+  """
+  # ROCm names architectures here, such as gfx942.
+  capability = str(getattr(target_device(), "compute_capability", ""))
+  ampere = capability[:1].isdigit() and float(capability) >= 8
+  return language is not None and (ampere or _interpreted.get())
 
 
 def call(

@@ -28,7 +28,8 @@ def fits(
   head_dim, count = caches[0].shape[3], rows[0].shape[2]
   return (
     1 < len(caches) <= MOST_ARRAYS
-    and len({c.shape for c in caches}) == 1
+    and len({(c.shape, c.dtype) for c in caches}) == 1
+    and count <= caches[0].shape[2]
     and head_dim & (head_dim - 1) == 0
     and count <= MOST_ROWS
   )
@@ -49,12 +50,12 @@ def write_all(
   Returns:
     The caches with P rows written.
   """
-  batch, heads, _, head_dim = caches[0].shape
+  batch, heads, size, head_dim = caches[0].shape
   # One array of them all is made in few launches, and without a copy of each.
   new = jnp.stack([r.astype(caches[0].dtype) for r in rows])
   count = new.shape[3]
   return triton.call(
-    functools.partial(_kernel, heads=heads, count=count),
+    functools.partial(_kernel, heads=heads, last=size - count),
     grid=(len(caches), batch * heads, count),
     in_specs=[
       pl.BlockSpec((batch,), lambda *_: (0,)),
@@ -74,12 +75,12 @@ def write_all(
   )(starts, new, *caches)
 
 
-def _kernel(starts_ref, row_ref, *cache_refs, heads, count):
+def _kernel(starts_ref, row_ref, *cache_refs, heads, last):
   """One row of one head of one array."""
-  del count
   caches = cache_refs[len(cache_refs) // 2 :]
   b, head = pl.program_id(1) // heads, pl.program_id(1) % heads
-  at = starts_ref[b] + pl.program_id(2)
+  # As XLA's update would: never past the cache.
+  at = jnp.clip(starts_ref[b], 0, last) + pl.program_id(2)
   row = row_ref[...]
   for i, cache in enumerate(caches):
 

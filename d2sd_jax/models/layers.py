@@ -17,7 +17,7 @@ from d2sd_jax.kernels.device import runs_tpu_kernels
 from d2sd_jax.kernels.linear import linear, rms_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
-from d2sd_jax.models.rope import RopeScaling, rotate, turns
+from d2sd_jax.models.rope import RopeScaling, cos_sin, rotate
 from d2sd_jax.tensor_parallel import sum_parts
 from d2sd_jax.typing import Array, Float, Int
 
@@ -159,12 +159,13 @@ def _attention_inputs(weights, x, positions, num_kv_heads, config):
   heads = split_heads(_add_bias(heads, weights.qkv_bias), config)
   num_rotated = heads.shape[-2] - num_kv_heads
   num_heads = num_rotated - num_kv_heads
-  # Queries and keys in one go: each step is a launch.
+  # Queries and keys in one go: each step is a launch. A drafter in training is
+  # not transposed, and needs a gradient.
   if isinstance(weights.qkv_proj, Transposed) and rotary.fits(heads):
     theta, scaling = config.rope_theta, config.rope_scaling
-    rotated = rotary.norm_and_rotate(
+    rotated = rotary.queries_and_keys(
       heads,
-      *turns(positions, heads.shape[-1], theta, scaling),
+      *cos_sin(positions, heads.shape[-1], theta, scaling),
       None if weights.q_norm is None else (weights.q_norm, weights.k_norm),
       config.rms_norm_eps,
       num_heads=num_heads,

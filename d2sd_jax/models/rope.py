@@ -115,7 +115,7 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def turns(
+def cos_sin(
   positions: Int[Array, "*positions"],
   head_dim: int,
   theta: float,
@@ -141,7 +141,7 @@ def rotate(
 ) -> Float[Array, "*positions heads H"]:
   """Rotary embedding in its rotate-half form, angles in float32."""
   half = x.shape[-1] // 2
-  cos, sin = turns(positions[..., None], x.shape[-1], theta, scaling)
+  cos, sin = cos_sin(positions[..., None], x.shape[-1], theta, scaling)
   a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
   return rotated.astype(x.dtype)

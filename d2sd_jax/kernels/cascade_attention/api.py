@@ -133,7 +133,8 @@ def default_implementation(
 ) -> str:
   """The fastest implementation for these operands on the default device.
 
-  Mosaic GPU's serves decoding on Hopper, and Mosaic TPU's on a TPU. cuDNN's
+  On a GPU a lone node over a short cache has a kernel of its own. Mosaic GPU's
+  serves decoding on Hopper, and Mosaic TPU's on a TPU. cuDNN's
   wants 16-bit operands, and is worth its waste from a few hundred nodes a row;
   its gradient asks for even sizes. XLA runs everything.
 

@@ -14,11 +14,14 @@ from jax.experimental import pallas as pl
 
 from d2sd_jax.errors import require
 from d2sd_jax.kernels import triton
+from d2sd_jax.kernels.cascade_attention import xla
 from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place
 from d2sd_jax.typing import Array
 
 DTYPES = ("bfloat16", "float16")
-# Capacity from which splitting the prefix pays.
+# What two loads of keys and values leave room for in shared memory.
+HEAD_SIZES = (16, 32, 64, 128)
+# Capacity up to which it is the default; then splitting the prefix pays.
 MOST_KEYS = 1024
 BLOCK_KEYS = 128
 # Rows of a tensor core's least operand.
@@ -39,13 +42,15 @@ def why_not(
   share = heads // prefix_keys.shape[1]
   same = {x.dtype.name for x in (query, prefix_keys, local_keys)}
   if not triton.runs_here():
-    return "an NVIDIA GPU, and a JAX with Pallas for Triton"
+    return triton.DEVICE
+  if prefix_keys.shape[2] == 0:
+    return "a cache"
   if groups * nodes > 1:
     return "one node a row"
   if len(same) > 1 or not same <= set(DTYPES):
     return f"operands of one dtype of {', '.join(DTYPES)}"
-  if head_dim % 16 or head_dim & (head_dim - 1) or share > ROWS:
-    return f"a head size of 16, 32 .., at most {ROWS} query heads to a key head"
+  if head_dim not in HEAD_SIZES or share > ROWS:
+    return f"head size 16 to 128, at most {ROWS} query heads to a key head"
   if in_place(query).first % share:
     return "query heads that begin at a whole key head"
   return None
@@ -63,7 +68,7 @@ def wins(
   """
   local_keys = query if local_keys is None else local_keys
   return (
-    0 < prefix_keys.shape[2] <= MOST_KEYS
+    prefix_keys.shape[2] <= MOST_KEYS
     and why_not(query, prefix_keys, local_keys) is None
   )
 
@@ -98,17 +103,27 @@ def cascade_attention(
   """
   missing = why_not(query, prefix_keys, local_keys)
   require(missing is None, "implementation", "lone_node", str(missing))
+  return _attend(
+    (query, prefix_keys, prefix_values, local_keys, local_values, sinks),
+    (prefix_end, prefix_start, local_mask),
+  )
+
+
+@jax.custom_vjp
+def _attend(arrays, options):
+  query, prefix_keys, prefix_values, local_keys, local_values, sinks = arrays
+  prefix_end, prefix_start, local_mask = options
   batch, kv_heads, size, head_dim = prefix_keys.shape
   share = query.shape[3] // kv_heads
   lying = [in_place(x) for x in (query, local_keys, local_values)]
   firsts = [x.first for x in lying]
   flat = [x.array.reshape(batch, -1, head_dim) for x in lying]
-  start = 0 if prefix_start is None else prefix_start.reshape(batch)
+  start, end = jnp.zeros((), jnp.int32), prefix_end.reshape(batch)
+  if prefix_start is not None:
+    start = jnp.maximum(prefix_start.reshape(batch), 0)
   # First and last key, and whether the node sees itself.
   seen = jnp.stack(
-    jnp.broadcast_arrays(
-      start, prefix_end.reshape(batch), local_mask.reshape(-1)
-    ),
+    jnp.broadcast_arrays(start, jnp.minimum(end, size), local_mask.reshape(-1)),
     axis=1,
   ).astype(jnp.int32)
   group = lambda first: pl.BlockSpec(
@@ -142,6 +157,17 @@ def cascade_attention(
     name="lone_node",
   )(*arrays)
   return out[:, None, None]
+
+
+def _forward(arrays, options):
+  return _attend(arrays, options), (arrays, options)
+
+
+def _backward(saved, cotangent):
+  return xla.gradient(*saved, cotangent), None
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def _power(size):

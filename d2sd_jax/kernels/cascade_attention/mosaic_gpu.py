@@ -16,7 +16,7 @@ from einops import rearrange, repeat
 from d2sd_jax.errors import require
 from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.cascade_attention import merge_triton, xla
-from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place, taken
+from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place
 from d2sd_jax.kernels.device import target_device
 from d2sd_jax.typing import Array
 
@@ -199,20 +199,7 @@ def _forward(plan, interpret, arrays, options):
 
 
 def _backward(plan, interpret, saved, cotangent):
-  *arrays, sinks = saved[0]
-  prefix_end, prefix_start, local_mask = saved[1]
-
-  def attend(arrays, sinks):
-    return xla.cascade_attention(
-      *map(taken, arrays),
-      prefix_end=prefix_end,
-      prefix_start=prefix_start,
-      local_mask=local_mask,
-      sinks=sinks,
-    )
-
-  arrays, sinks = jax.vjp(attend, arrays, sinks)[1](cotangent)
-  return (*arrays, sinks), None
+  return xla.gradient(*saved, cotangent), None
 
 
 _attend.defvjp(_forward, _backward)

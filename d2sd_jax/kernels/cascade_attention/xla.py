@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from d2sd_jax.kernels.cascade_attention.heads import taken
 from d2sd_jax.kernels.dot import dot_float32
 
 # The score of what is not seen: far below any real one, and still finite.
@@ -56,6 +57,33 @@ def cascade_attention(
 
 # Each part is its masked scores [b, j, g, r, n, keys], batch dimensions first
 # as the products leave them, and the weighing of its values.
+
+
+def gradient(arrays, options, cotangent):
+  """The gradient of `cascade_attention`, for kernels that have none.
+
+  Args:
+    arrays: its operands, which may be `Heads`, and `sinks`.
+    options: `prefix_end`, `prefix_start` and `local_mask`.
+    cotangent: of its output.
+
+  Returns:
+    Of each of `arrays`.
+  """
+  *operands, sinks = arrays
+  prefix_end, prefix_start, local_mask = options
+
+  def attend(operands, sinks):
+    return cascade_attention(
+      *map(taken, operands),
+      prefix_end=prefix_end,
+      prefix_start=prefix_start,
+      local_mask=local_mask,
+      sinks=sinks,
+    )
+
+  operands, sinks = jax.vjp(attend, operands, sinks)[1](cotangent)
+  return *operands, sinks
 
 
 def _prefix_part(query, keys, values, mask):

@@ -1,39 +1,35 @@
 """A few rows times a small matrix on a GPU, in Triton; see `lone_row`.
 
 For small targets and for drafters, whose products last no longer than a launch:
-norm, product, gate and residual sum are one kernel, which keeps a strip of the
-matrix's rows and all of the few rows to one program. Each program takes the
-rows' sums of squares for itself, from the tiles that it multiplies anyway.
+norm, product, gate and residual sum are one kernel. A program has a block of
+the rows and a strip of the matrix's rows, and takes the sums of squares for
+itself, from the tiles that it multiplies anyway.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.linear import lone_row
 from d2sd_jax.typing import Array, Float
 
-DTYPES = ("bfloat16", "float16")
+# Rows times the norm's weights are rounded before the norm's factor is known,
+# and float16 might not hold them.
+DTYPES = ("bfloat16",)
 MOST_ROWS = 128
-# Elements of the matrix from which XLA's products are faster.
+# Elements of a matrix up to which it is the default.
 MOST_ELEMENTS = 2**22
 # A tensor core's least operand.
 LEAST = 16
 
 
-def what_is_missing(x: Array, matrix: Any, gated: bool) -> str | None:
-  """Why the kernel cannot run, or `None`."""
-  missing = lone_row.what_is_missing_here(x, matrix, DTYPES)
-  if missing:
-    return missing
+def why_not(x: Array, stored: Array, parts: int) -> str | None:
+  """What the kernel asks for of these sizes that is not so, or `None`."""
   if x.size > MOST_ROWS * x.shape[-1]:
     return f"at most {MOST_ROWS} rows"
-  parts = 2 if gated else 1
-  if x.shape[-1] % LEAST or matrix.stored.shape[0] % (parts * LEAST):
+  if x.shape[-1] % LEAST or stored.shape[0] % (parts * LEAST):
     return f"sizes that are multiples of {LEAST}"
   return None
 
@@ -66,7 +62,7 @@ def linear(
   parts, width = 2 if gated else 1, x.shape[-1]
   shape = x.shape[:-1]
   x = x.reshape(-1, width)
-  stored = stored.reshape(parts, -1, width)
+  stored = stored.reshape(parts, stored.shape[0] // parts, width)
   count, size = len(x), stored.shape[1]
   strip, block, columns, warps, stages = tile or _tile(count, width)
   block = min(block, max(LEAST, pl.next_power_of_2(count)))

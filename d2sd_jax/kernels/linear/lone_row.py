@@ -16,13 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.quantized import QuantizedMatrix
-from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Elements of a matrix: all matrices.
-MOST_ELEMENTS = 2**63
+# Elements of a matrix up to which it is the default: any.
+MOST_ELEMENTS = None
 # Elements of the row that one load takes, at most.
 MOST_COLUMNS = 1024
 # Programs that keep 132 multiprocessors busy.
@@ -31,26 +29,10 @@ ENOUGH_PROGRAMS = 512
 THREAD_ELEMENTS = 64
 
 
-def what_is_missing(x: Array, matrix: Any, gated: bool) -> str | None:
-  """Why the kernel cannot run, or `None`."""
-  del gated
-  missing = what_is_missing_here(x, matrix, DTYPES)
-  return missing or (None if x.size == x.shape[-1] else "one row alone")
-
-
-def what_is_missing_here(
-  x: Array, matrix: Any, dtypes: tuple[str, ...]
-) -> str | None:
-  """Why no Triton kernel reads this matrix on the device, or `None`."""
-  if not triton.runs_here():
-    return "an NVIDIA GPU, and a JAX with Pallas for Triton"
-  if not isinstance(matrix, Transposed):
-    return "a matrix stored [out, in]"
-  if isinstance(matrix.stored, QuantizedMatrix):
-    return "a matrix that is not quantized"
-  if x.dtype != matrix.stored.dtype or x.dtype.name not in dtypes:
-    return f"rows and a matrix of one dtype of {', '.join(dtypes)}"
-  return None
+def why_not(x: Array, stored: Array, parts: int) -> str | None:
+  """What the kernel asks for of these sizes that is not so, or `None`."""
+  del stored, parts
+  return None if x.size == x.shape[-1] else "one row alone"
 
 
 def linear(
@@ -78,7 +60,7 @@ def linear(
     One row, in `x`'s dtype.
   """
   parts, width = 2 if gated else 1, x.shape[-1]
-  stored = stored.reshape(parts, -1, width)
+  stored = stored.reshape(parts, stored.shape[0] // parts, width)
   size = stored.shape[1]
   rows, warps = tile or _tile(size, parts * width)
   whole = pl.BlockSpec((width,), lambda i: (0,))
