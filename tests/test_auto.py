@@ -142,10 +142,16 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
   assert len(told) == 6
   assert len(json.loads(path.read_text())) == 2
   assert cost_table(_models(), 2, 64, told.append) == table
+  # Another kernel's code, another table.
+  source = tmp_path / "kernel.py"
+  source.write_text("faster")
+  monkeypatch.setattr(costs, "_sources", lambda: [source])
+  cost_table(Models(target=tiny.target(0)), 1, 64, told.append)
+  assert len(told) == 8
   # A damaged file is measured anew.
   path.write_text("[]")
   cost_table(Models(target=tiny.target(0)), 1, 64, told.append)
-  assert len(told) == 8
+  assert len(told) == 10
 
 
 @pytest.fixture

@@ -6,25 +6,11 @@ import pytest
 
 from d2sd_jax import UsageError
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.linear import (
-  IMPLEMENTATIONS,
-  api,
-  few_rows,
-  linear,
-  lone_row,
-)
+from d2sd_jax.kernels.linear import linear, lone_row
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed
 
 EPS = 0.25
-# Rows, the kernel that takes so many, and a dtype that it takes.
-RUNS = (
-  (1, lone_row, jnp.float32),
-  (1, lone_row, jnp.bfloat16),
-  (3, few_rows, jnp.bfloat16),
-  (16, few_rows, jnp.bfloat16),
-  (72, few_rows, jnp.bfloat16),
-)
 # Normed, gated, added to.
 AROUND = (
   (False, False, False),
@@ -32,7 +18,7 @@ AROUND = (
   (False, True, True),
   (True, True, False),
 )
-# Inner size and matrix rows: pieces of 512 and 64, of 1024 and 512, of 64.
+# Inner size and matrix rows: pieces of 512 and 64, of 512 alone, of 64.
 SIZES = ((576, 96), (1536, 160), (64, 32))
 
 
@@ -87,12 +73,12 @@ def test_xla(dtype, normed, gated, added):
 
 @pytest.mark.parametrize(("normed", "gated", "added"), AROUND)
 @pytest.mark.parametrize(("width", "size"), SIZES)
-@pytest.mark.parametrize(("rows", "kernel", "dtype"), RUNS)
-def test_kernels(rows, kernel, dtype, width, size, normed, gated, added):
-  operands = _operands(dtype, rows, width, size, normed, gated, added)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lone_row(dtype, width, size, normed, gated, added):
+  operands = _operands(dtype, 1, width, size, normed, gated, added)
   x, stored, norm, residual = operands
   with triton.interpreter():
-    got = kernel.linear(x, stored, norm, EPS, gated, residual)
+    got = lone_row.linear(x, stored, norm, EPS, gated, residual)
   _check(got, _oracle(*operands, gated), dtype)
 
 
@@ -105,48 +91,41 @@ def test_a_lone_row_may_have_any_rank(rows):
 
 
 @pytest.mark.parametrize(
-  ("rows", "size", "dtype", "name"),
+  ("rows", "size", "dtype", "wins"),
   [
-    (1, 2**13, jnp.bfloat16, "lone_row"),
-    (1, 2**13, jnp.float32, "lone_row"),
-    (1, 2**13, jnp.int32, "xla"),
-    (2, 2**12, jnp.bfloat16, "few_rows"),
-    (128, 2**12, jnp.bfloat16, "few_rows"),
-    (129, 2**12, jnp.bfloat16, "xla"),
-    (128, 2**12, jnp.float32, "xla"),
-    (128, 2**12, jnp.float16, "xla"),
-    (0, 2**12, jnp.bfloat16, "xla"),
-    (128, 2**12 + 8, jnp.bfloat16, "xla"),
-    (128, 2**13, jnp.bfloat16, "xla"),
+    (1, 2**12, jnp.bfloat16, True),
+    (1, 2**12, jnp.float32, True),
+    (1, 2**12, jnp.int32, False),
+    (1, 2**12 + 8, jnp.bfloat16, False),
+    (2, 2**12, jnp.bfloat16, False),
+    (0, 2**12, jnp.bfloat16, False),
   ],
 )
-def test_what_runs_where(monkeypatch, rows, size, dtype, name):
+def test_what_runs_where(monkeypatch, rows, size, dtype, wins):
   x = jnp.zeros((rows, 1024), dtype)
   matrix = Transposed(stored=jnp.zeros((size, 1024), dtype))
-  chosen = lambda matrix: api._default_implementation(x, matrix, False)
-  assert chosen(matrix) == "xla"
+  assert not lone_row.wins(x, matrix)
   with triton.interpreter():
-    assert chosen(matrix) == name
-    assert chosen(matrix.stored.T) == "xla"
+    assert lone_row.wins(x, matrix) == wins
+    assert not lone_row.wins(x, matrix.stored.T)
     if dtype != jnp.int32:
-      assert chosen(quantize(matrix, summed=0)) == "xla"
+      assert not lone_row.wins(x, quantize(matrix, summed=0))
     monkeypatch.setattr(triton, "language", None)
-    assert chosen(matrix) == "xla"
+    assert not lone_row.wins(x, matrix)
 
 
 def test_what_cannot_run_says_why():
   x, stored = _draw(jnp.bfloat16, (2, 64), (32, 64))
   matrix = Transposed(stored=stored)
-  with pytest.raises(UsageError, match=r"implementation=.*few_rows"):
+  with pytest.raises(UsageError, match=r"implementation=.*lone_row"):
     linear(x, matrix, implementation="dense")
-  for name in ("lone_row", "few_rows"):
-    with pytest.raises(UsageError, match=f"{name}.*an NVIDIA GPU"):
-      linear(x, matrix, implementation=name)
+  with pytest.raises(UsageError, match=r"lone_row.*an NVIDIA GPU"):
+    linear(x, matrix, implementation="lone_row")
   with triton.interpreter():
     with pytest.raises(UsageError, match=r"lone_row.*one row alone"):
       linear(x, matrix, implementation="lone_row")
-    with pytest.raises(UsageError, match=r"few_rows.*\[out, in\]"):
-      linear(x, stored.T, implementation="few_rows")
+    with pytest.raises(UsageError, match=r"lone_row.*\[out, in\]"):
+      linear(x, stored.T, implementation="lone_row")
   np.testing.assert_array_equal(
     linear(x, matrix, implementation="xla"), linear(x, stored.T)
   )
@@ -154,13 +133,12 @@ def test_what_cannot_run_says_why():
 
 def test_a_matrix_of_another_width_is_refused():
   x, stored = _draw(jnp.bfloat16, (1, 64), (32, 128))
-  for kernel in (lone_row, few_rows):
-    with triton.interpreter(), pytest.raises(TypeError, match="reshape"):
-      kernel.linear(x, stored)
+  with triton.interpreter(), pytest.raises(TypeError, match="reshape"):
+    lone_row.linear(x, stored)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("rows", "kernel", "dtype"), RUNS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
   ("width", "size", "normed", "gated", "added"),
   [
@@ -176,14 +154,12 @@ def test_a_matrix_of_another_width_is_refused():
     (5120, 736, True, True, True),
   ],
 )
-def test_on_a_gpu(rows, kernel, dtype, width, size, normed, gated, added):
-  operands = _operands(dtype, rows, width, size, normed, gated, added)
+def test_on_a_gpu(dtype, width, size, normed, gated, added):
+  operands = _operands(dtype, 1, width, size, normed, gated, added)
   x, stored, norm, residual = operands
-  name = kernel.__name__.rpartition(".")[2]
-  assert name in IMPLEMENTATIONS
   got = linear(
     *(x, Transposed(stored=stored)),
     **{"norm": norm, "eps": EPS, "gated": gated, "residual": residual},
-    implementation=name,
+    implementation="lone_row",
   )
   _check(got, _oracle(*operands, gated), dtype)

@@ -208,7 +208,7 @@ def test_programs_tell_their_kernels():
     %a = f32[1] custom-call(%x), custom_call_target="__cublas$gemm"
     %b = f32[1] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
 metadata={op_name="jit(f)/while/body/lone_row/pallas_call"}
-    %c = f32[1] fusion(%x), metadata={op_name="jit(f)/few_rows/pallas_call"}
+    %c = f32[1] fusion(%x), metadata={op_name="jit(f)/merge/pallas_call"}
   """
   assert _custom_calls(hlo) == ("__cublas$gemm", "lone_row")
 
@@ -281,7 +281,7 @@ def test_decoding_in_bfloat16(interpreted):
   config = dataclasses.replace(tiny.GGUF_TARGET, head_dim=16)
   for mode, names in {
     "ar": ("lone_row", "lone_node"),
-    "prompt_lookup": ("few_rows",),
+    "prompt_lookup": (),
   }.items():
     interpreted.clear()
     (tokens,) = _decode(mode, config, jnp.bfloat16)

@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import d2sd_jax
 from d2sd_jax import __version__
 from d2sd_jax.boundary import token_confidence
 from d2sd_jax.decoding.state import Models
@@ -109,16 +111,25 @@ def _from_json(row: Mapping[str, Any]) -> CostTable:
 
 
 def _key(models: Models, batch: int, capacity: int) -> str:
-  """Device, versions, shapes and what XLA is told: what times depend on."""
+  """Device, versions, shapes, what XLA is told, and the code: as times are."""
   device = jax.devices()[0]
   told = compiler_options(one_device=True), os.environ.get("XLA_FLAGS", "")
   sizes = (_shapes(models), batch, capacity, VERIFY_SIZES, DRAFT_SIZES)
-  digest = hashlib.sha256(repr((sizes, told)).encode()).hexdigest()[:16]
+  digest = hashlib.sha256(repr((sizes, told)).encode())
+  for source in _sources():
+    digest.update(source.read_bytes())
   parts = (
     *(device.device_kind, f"{os.cpu_count()} cores"),
-    *(f"jax {jax.__version__}", f"d2sd {__version__}", digest),
+    *(f"jax {jax.__version__}", f"d2sd {__version__}", digest.hexdigest()[:16]),
   )
   return ", ".join(parts)
+
+
+def _sources() -> list[Path]:
+  """What a pass is made of: a version's times are not the next kernel's."""
+  package = Path(d2sd_jax.__file__).parent
+  folders = (package / name for name in ("kernels", "models"))
+  return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def _shapes(model: Any) -> str:

@@ -252,7 +252,9 @@ def _prefill(
 
   last_positions = prompt_lengths + max_new_tokens - 1
   stopped = (first == stop_ids).any(-1) | (prompt_lengths >= last_positions)
-  buffer = jnp.zeros((batch, capacity), jnp.int32).at[:, :size].set(tokens)
+  # Not `.at[].set`: where nothing is left, its empty indices end XLA's
+  # partitioner on several GPUs.
+  buffer = jnp.pad(tokens, ((0, 0), (0, capacity - size)))
   rows = jnp.arange(batch)
   return DecodeState(
     tokens=buffer.at[rows, prompt_lengths].set(first[:, 0]),

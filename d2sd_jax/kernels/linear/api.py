@@ -1,22 +1,15 @@
 """The public operation: semantics and dispatch."""
 
-from types import ModuleType
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from d2sd_jax.errors import require
-from d2sd_jax.kernels import triton
 from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.kernels.linear import few_rows, lone_row
-from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.linear import lone_row
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
-# Kernels of our own, the first that can run first; else XLA's.
-_KERNELS: dict[str, ModuleType] = {"lone_row": lone_row, "few_rows": few_rows}
-IMPLEMENTATIONS = (*_KERNELS, "xla")
+IMPLEMENTATIONS = ("lone_row", "xla")
 
 
 def rms_norm(
@@ -48,7 +41,7 @@ def linear(
     gated: the product's first half, g, gates its second half, u.
     residual: added to the result; `None` is nothing.
     implementation: one of `IMPLEMENTATIONS`; `None` chooses by device, dtype
-      and sizes. Only `xla` has a gradient: the others are for decoding.
+      and sizes. `lone_row` has no gradient: it is for decoding.
 
   Returns:
     As wide as the matrix, or half as wide if `gated`, in `x`'s dtype.
@@ -56,43 +49,16 @@ def linear(
   Raises:
     UsageError: no such implementation, or one that cannot run this.
   """
-  name = implementation or _default_implementation(x, matrix, gated)
+  name = implementation or ("lone_row" if lone_row.wins(x, matrix) else "xla")
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
-  if name in _KERNELS:
-    reason = _why_not(name, x, matrix, gated)
-    require(reason is None, "implementation", name, str(reason))
+  if name == "lone_row":
+    reason = lone_row.why_not(x, matrix)
+    require(reason is None, "implementation", name, f"{reason} for it")
     stored = matrix.stored  # type: ignore[union-attr]
-    return _KERNELS[name].linear(x, stored, norm, eps, gated, residual)
+    return lone_row.linear(x, stored, norm, eps, gated, residual)
   x = x if norm is None else rms_norm(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:
     gate, up = jnp.split(y, 2, axis=-1)
     y = jax.nn.silu(gate) * up
   return y if residual is None else (residual + y).astype(x.dtype)
-
-
-def _default_implementation(x: Array, matrix: Any, gated: bool) -> str:
-  """The first kernel that can run and pays, or `xla`."""
-  for name, kernel in _KERNELS.items():
-    if _why_not(name, x, matrix, gated) is None:
-      most = kernel.MOST_ELEMENTS
-      if most is None or matrix.stored.size <= most:
-        return name
-  return "xla"
-
-
-def _why_not(name: str, x: Array, matrix: Any, gated: bool) -> str | None:
-  """What a kernel asks for that is not so, or `None`."""
-  kernel = _KERNELS[name]
-  if not triton.runs_here():
-    return f"{triton.DEVICE} for it"
-  if not isinstance(matrix, Transposed):
-    return "a matrix stored [out, in] for it"
-  if isinstance(matrix.stored, QuantizedMatrix):
-    return "a matrix that is not quantized for it"
-  if x.dtype != matrix.stored.dtype or x.dtype.name not in kernel.DTYPES:
-    return f"rows and a matrix of one of {', '.join(kernel.DTYPES)} for it"
-  if x.size == 0:
-    return "at least one row for it"
-  reason = kernel.why_not(x, matrix.stored, 2 if gated else 1)
-  return reason and f"{reason} for it"

@@ -16,23 +16,45 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from d2sd_jax.kernels import triton
+from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Elements of a matrix up to which it is the default: any.
-MOST_ELEMENTS = None
+# Elements of a matrix up to which it is the default.
+MOST_ELEMENTS = 2**22
 # Elements of the row that one load takes, at most.
-MOST_COLUMNS = 1024
-# Programs that keep 132 multiprocessors busy.
-ENOUGH_PROGRAMS = 512
+MOST_COLUMNS = 512
 # Of the matrix, that a thread holds in flight.
-THREAD_ELEMENTS = 64
+THREAD_ELEMENTS = 72
 
 
-def why_not(x: Array, stored: Array, parts: int) -> str | None:
-  """What the kernel asks for of these sizes that is not so, or `None`."""
-  del stored, parts
+def why_not(x: Array, matrix: Array | Transposed) -> str | None:
+  """What the kernel asks for that is not so, or `None`.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  if not triton.runs_here():
+    return triton.DEVICE
+  if not isinstance(matrix, Transposed):
+    return "a matrix stored [out, in]"
+  if isinstance(matrix.stored, QuantizedMatrix):
+    return "a matrix that is not quantized"
+  if x.dtype != matrix.stored.dtype or x.dtype.name not in DTYPES:
+    return f"a row and a matrix of one of {', '.join(DTYPES)}"
   return None if x.size == x.shape[-1] else "one row alone"
+
+
+def wins(x: Array, matrix: Array | Transposed) -> bool:
+  """Whether this is the default: where it can run, and the matrix is small.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  return why_not(x, matrix) is None and matrix.stored.size <= MOST_ELEMENTS
 
 
 def linear(
@@ -85,11 +107,10 @@ def linear(
 
 
 def _tile(size, width):
-  """Rows and warps: enough programs, and enough in flight in each of them."""
-  rows = 8
-  while size % rows or (rows > 1 and size // rows < ENOUGH_PROGRAMS):
-    rows //= 2
-  warps = max(1, rows * width // THREAD_ELEMENTS // 32)
+  """Rows and warps of small programs, many to a multiprocessor."""
+  share = 32 * THREAD_ELEMENTS
+  rows = 2 if size % 2 == 0 and 2 * width <= share else 1
+  warps = max(1, rows * width // share)
   return rows, min(8, 1 << warps.bit_length() - 1)
 
 
