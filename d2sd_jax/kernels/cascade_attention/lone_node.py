@@ -22,7 +22,7 @@ DTYPES = ("bfloat16", "float16")
 # What two loads of keys and values leave room for in shared memory.
 HEAD_SIZES = (16, 32, 64, 128)
 # Capacity up to which it is the default; then splitting the prefix pays.
-MOST_KEYS = 1024
+MOST_KEYS = 512
 BLOCK_KEYS = 128
 # Rows of a tensor core's least operand.
 ROWS = 16

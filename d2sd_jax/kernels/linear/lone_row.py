@@ -4,7 +4,8 @@ A step of autoregressive decoding is bound by reading its matrices. In XLA the
 norm before a product, its gate and the residual sum after it are kernels of
 1.2 to 2.9 µs each, whatever they compute; here they ride along. The norm's
 factor is one number, so it is applied to the sums: the sum of squares is taken
-by every program for itself, from the row that it needs anyway.
+by every program for itself, from the row that it needs anyway. A program is one
+warp and has one number to find: many of them hide each other's waits.
 """
 
 import functools
@@ -21,12 +22,11 @@ from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Elements of a matrix up to which it is the default.
+# Elements of a matrix up to which it is the default. XLA reads a large one
+# faster, by about as much as its small kernels take.
 MOST_ELEMENTS = 2**22
 # Elements of the row that one load takes, at most.
 MOST_COLUMNS = 512
-# Of the matrix, that a thread holds in flight.
-THREAD_ELEMENTS = 72
 
 
 def why_not(x: Array, matrix: Array | Transposed) -> str | None:
@@ -54,7 +54,9 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
   """
-  return why_not(x, matrix) is None and matrix.stored.size <= MOST_ELEMENTS
+  if why_not(x, matrix) is not None:
+    return False
+  return matrix.stored.size <= MOST_ELEMENTS  # type: ignore[union-attr]
 
 
 def linear(
@@ -64,8 +66,6 @@ def linear(
   eps: float = 0.0,
   gated: bool = False,
   residual: Float[Array, "... out"] | None = None,
-  *,
-  tile: tuple[int, int] | None = None,
 ) -> Float[Array, "... out"]:
   """See `api.linear`.
 
@@ -76,7 +76,6 @@ def linear(
     eps: see there.
     gated: see there.
     residual: see there.
-    tile: rows of the stored matrix to a program, and its warps.
 
   Returns:
     One row, in `x`'s dtype.
@@ -84,10 +83,9 @@ def linear(
   parts, width = 2 if gated else 1, x.shape[-1]
   stored = stored.reshape(parts, stored.shape[0] // parts, width)
   size = stored.shape[1]
-  rows, warps = tile or _tile(size, parts * width)
   whole = pl.BlockSpec((width,), lambda i: (0,))
-  part = pl.BlockSpec((rows,), lambda i: (i,))
-  block = pl.BlockSpec((parts, rows, width), lambda i: (0, i, 0))
+  part = pl.BlockSpec((1,), lambda i: (i,))
+  block = pl.BlockSpec((parts, 1, width), lambda i: (0, i, 0))
   operands = [(x.reshape(-1), whole), (stored, block)]
   if norm is not None:
     operands.append((norm, whole))
@@ -96,26 +94,18 @@ def linear(
   arrays, specs = zip(*operands, strict=True)
   out = triton.call(
     functools.partial(_kernel, eps=None if norm is None else eps),
-    grid=(size // rows,),
+    grid=(size,),
     in_specs=specs,
     out_specs=part,
     out_shape=jax.ShapeDtypeStruct((size,), x.dtype),
-    warps=warps,
+    warps=1,
     name="lone_row",
   )(*arrays)
   return out.reshape(*x.shape[:-1], -1)
 
 
-def _tile(size, width):
-  """Rows and warps of small programs, many to a multiprocessor."""
-  share = 32 * THREAD_ELEMENTS
-  rows = 2 if size % 2 == 0 and 2 * width <= share else 1
-  warps = max(1, rows * width // share)
-  return rows, min(8, 1 << warps.bit_length() - 1)
-
-
 def _kernel(*refs, eps):
-  """Sums of a few of the matrix's rows, normed, gated and added to."""
+  """The sum of a row of each part, normed, gated and added to."""
   x_ref, matrix_ref, *refs, out_ref = refs
   norm_ref = None if eps is None else refs.pop(0)
   parts, _, width = matrix_ref.shape
