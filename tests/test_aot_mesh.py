@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from d2sd_jax import generate
-from d2sd_jax.decoding.placement import WHOLE, model_specs
-from d2sd_jax.decoding.state import state_specs
+from d2sd_jax import Sampling, generate
+from d2sd_jax.decoding.placement import ROWS, WHOLE, model_specs
+from d2sd_jax.decoding.state import prefill, state_specs
 from d2sd_jax.sharding import DECODING_AXES, TENSOR
 
 pytestmark = pytest.mark.aot
@@ -166,3 +166,33 @@ def test_cycle_on_a_mesh(case):
   assert memory.temp_size_in_bytes < case.temporary
   total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert total + memory.generated_code_size_in_bytes < chips.HBM[case.chip]
+
+
+def test_a_prompt_as_long_as_its_cache():
+  """A write of all rows with no indices ended XLA's process here."""
+  case = _Case("h200", "2", 2, 1, 0, num_layers=1)
+  devices = chips.devices_of(case.chip, case.topology)
+  mesh = Mesh(
+    np.array(devices).reshape(case.data, case.tensor),
+    *(DECODING_AXES, (AxisType.Auto,) * 2),
+  )
+
+  def held(spec, *sizes):
+    where = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(sizes, np.int32, sharding=where)
+
+  with jax.default_device(devices[0]):
+    models = _arguments(case, mesh)[0]
+    sampling = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        *(x.shape, x.dtype), sharding=NamedSharding(mesh, WHOLE)
+      ),
+      jax.eval_shape(Sampling.create),
+    )
+    arguments = held(ROWS, 2, 64), *[held(ROWS, 2)] * 3, held(WHOLE, 5)
+    compiled = chips.compile_program(
+      jax.jit(prefill, static_argnames="capacity"),
+      *(models, *arguments, sampling),
+      capacity=64,
+    )
+  assert compiled.output_shardings.tokens.spec == ROWS
