@@ -173,6 +173,8 @@ def test_a_cycle_of_a_small_target_takes_few_launches():
   calls = Counter(re.findall(_PALLAS, hlo))
   assert calls["norm_and_rotate"] == calls["merge"] == layers
   assert calls["write_all"] == 3
+  # Attention and four products of a layer, and what takes the features in.
+  assert hlo.count('custom_call_target="mosaic_gpu_v2"') >= 5 * layers
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])

@@ -1,12 +1,16 @@
 """Products with their norm, gate and residual sum, against float64."""
 
+import types
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from d2sd_jax import UsageError
 from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.linear import linear, lone_row
+from d2sd_jax.kernels.cascade_attention import mosaic_gpu
+from d2sd_jax.kernels.linear import few_rows, linear, lone_row
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed
 
@@ -117,8 +121,10 @@ def test_what_runs_where(monkeypatch, rows, size, dtype, wins):
 def test_what_cannot_run_says_why():
   x, stored = _draw(jnp.bfloat16, (2, 64), (32, 64))
   matrix = Transposed(stored=stored)
-  with pytest.raises(UsageError, match=r"implementation=.*lone_row"):
+  with pytest.raises(UsageError, match=r"implementation=.*few_rows"):
     linear(x, matrix, implementation="dense")
+  with pytest.raises(UsageError, match=r"few_rows.*capability 9.x"):
+    linear(x, matrix, implementation="few_rows")
   with pytest.raises(UsageError, match=r"lone_row.*an NVIDIA GPU"):
     linear(x, matrix, implementation="lone_row")
   with triton.interpreter():
@@ -129,6 +135,39 @@ def test_what_cannot_run_says_why():
   np.testing.assert_array_equal(
     linear(x, matrix, implementation="xla"), linear(x, stored.T)
   )
+
+
+@pytest.mark.parametrize(
+  ("change", "wins"),
+  [
+    ({}, True),
+    ({"rows": 8}, True),
+    ({"rows": 128}, True),
+    ({"rows": 7}, False),
+    ({"rows": 136}, False),
+    ({"size": 2**12 + 32}, False),
+    ({"size": 48}, False),
+    ({"width": 96}, False),
+    ({"dtype": jnp.float32}, False),
+    ({"capability": "8.0"}, False),
+    ({"capability": "10.0"}, False),
+    ({"has_kernels": False}, False),
+  ],
+)
+def test_when_a_few_rows_have_a_kernel(monkeypatch, change, wins):
+  case = {"rows": 72, "width": 1024, "size": 64, "dtype": jnp.bfloat16}
+  case |= {"capability": "9.0", "has_kernels": True} | change
+  device = types.SimpleNamespace(
+    platform="gpu", compute_capability=case["capability"]
+  )
+  monkeypatch.setattr(mosaic_gpu, "target_device", lambda: device)
+  monkeypatch.setattr(few_rows, "has_kernels", lambda: case["has_kernels"])
+  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: True)
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, case["dtype"])
+  x = shape(1, case["rows"], case["width"])
+  matrix = Transposed(stored=shape(case["size"], case["width"]))
+  assert few_rows.wins(x, matrix) == wins
+  assert not few_rows.wins(x, matrix.stored)
 
 
 def test_a_matrix_of_another_width_is_refused():

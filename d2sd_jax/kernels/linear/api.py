@@ -1,15 +1,19 @@
 """The public operation: semantics and dispatch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.kernels.linear import lone_row
+from d2sd_jax.kernels.linear import few_rows, lone_row
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
-IMPLEMENTATIONS = ("lone_row", "xla")
+# Kernels of our own; the others' products are XLA's.
+_KERNELS: dict[str, Any] = {"lone_row": lone_row, "few_rows": few_rows}
+IMPLEMENTATIONS = (*_KERNELS, "xla")
 
 
 def rms_norm(
@@ -41,7 +45,7 @@ def linear(
     gated: the product's first half, g, gates its second half, u.
     residual: added to the result; `None` is nothing.
     implementation: one of `IMPLEMENTATIONS`; `None` chooses by device, dtype
-      and sizes. `lone_row` has no gradient: it is for decoding.
+      and sizes. Only `xla` has a gradient: the others are for decoding.
 
   Returns:
     As wide as the matrix, or half as wide if `gated`, in `x`'s dtype.
@@ -49,16 +53,23 @@ def linear(
   Raises:
     UsageError: no such implementation, or one that cannot run this.
   """
-  name = implementation or ("lone_row" if lone_row.wins(x, matrix) else "xla")
+  name = implementation or _default_implementation(x, matrix)
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
-  if name == "lone_row":
-    reason = lone_row.why_not(x, matrix)
+  if name in _KERNELS:
+    kernel = _KERNELS[name]
+    reason = kernel.why_not(x, matrix)
     require(reason is None, "implementation", name, f"{reason} for it")
     stored = matrix.stored  # type: ignore[union-attr]
-    return lone_row.linear(x, stored, norm, eps, gated, residual)
+    return kernel.linear(x, stored, norm, eps, gated, residual)
   x = x if norm is None else rms_norm(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:
     gate, up = jnp.split(y, 2, axis=-1)
     y = jax.nn.silu(gate) * up
   return y if residual is None else (residual + y).astype(x.dtype)
+
+
+def _default_implementation(x: Array, matrix: Array | Transposed) -> str:
+  """The kernel that is the default for these sizes, or `xla`."""
+  names = (name for name, kernel in _KERNELS.items() if kernel.wins(x, matrix))
+  return next(names, "xla")

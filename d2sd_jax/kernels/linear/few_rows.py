@@ -1,0 +1,153 @@
+"""A few rows times a small matrix on Hopper, with what comes before and after.
+
+For small targets and for drafters, whose products last no longer than a launch:
+XLA splits them, and takes kernels of their own for the sum's end, the norm and
+the gate. `few_rows_kernel` does all of it in one.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from d2sd_jax.kernels.cascade_attention.mosaic_gpu import (
+  MULTIPROCESSORS,
+  SHARED_MEMORY,
+  has_kernels,
+  is_available,
+)
+from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
+from d2sd_jax.typing import Array, Float
+
+DTYPES = ("bfloat16",)
+MOST_ROWS = 128
+# Elements of a matrix up to which it is the default.
+MOST_ELEMENTS = 2**22
+# Rows of `x` move by eight, as tiles of shared memory do.
+CHUNK = 8
+# Columns of a step.
+COLUMNS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the work is cut.
+
+  Attributes:
+    strip: rows of each part of the stored matrix to a block, a multiple of 16.
+    rows: rows of `x` to a block, a multiple of `CHUNK`, at most 64.
+    stages: steps whose operands are in shared memory at once.
+    registers: whether normed rows go to the tensor cores from registers, as
+      they should, or through shared memory, as Pallas' interpreter needs it.
+  """
+
+  strip: int
+  rows: int
+  stages: int
+  registers: bool = True
+
+
+def why_not(x: Array, matrix: Array | Transposed) -> str | None:
+  """What the kernel asks for that is not so, or `None`.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  if not has_kernels() or not is_available():
+    return "an NVIDIA GPU of compute capability 9.x, and jax 0.11 or newer"
+  if not isinstance(matrix, Transposed):
+    return "a matrix stored [out, in]"
+  if isinstance(matrix.stored, QuantizedMatrix):
+    return "a matrix that is not quantized"
+  if {x.dtype.name, matrix.stored.dtype.name} - set(DTYPES):
+    return f"rows and a matrix of {', '.join(DTYPES)}"
+  if not 0 < x.size <= MOST_ROWS * x.shape[-1]:
+    return f"1 to {MOST_ROWS} rows"
+  # Halves of a gated product are strips, too.
+  if x.shape[-1] % COLUMNS or matrix.stored.shape[0] % 32:
+    return f"rows of {COLUMNS} times any, and a multiple of 32 of them stored"
+  return None
+
+
+def wins(x: Array, matrix: Array | Transposed) -> bool:
+  """Whether this is the default: where it can run, and the matrix is small.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  if why_not(x, matrix) is not None:
+    return False
+  whole_chunks = x.size % (CHUNK * x.shape[-1]) == 0
+  return whole_chunks and matrix.stored.size <= MOST_ELEMENTS  # type: ignore[union-attr]
+
+
+def linear(
+  x: Float[Array, "... D"],
+  stored: Float[Array, "out D"],
+  norm: Float[Array, " D"] | None = None,
+  eps: float = 0.0,
+  gated: bool = False,
+  residual: Float[Array, "... out"] | None = None,
+  *,
+  plan: Plan | None = None,
+  interpret: object = None,
+) -> Float[Array, "... out"]:
+  """See `api.linear`.
+
+  Args:
+    x: at most `MOST_ROWS` rows.
+    stored: the matrix, transposed.
+    norm: see there.
+    eps: see there.
+    gated: see there.
+    residual: see there.
+    plan: `None` chooses one by the shapes.
+    interpret: `InterpretGPUParams` runs the kernel on a CPU.
+
+  Returns:
+    As many rows, in `x`'s dtype.
+  """
+  # Pallas Mosaic is imported where it runs: few do, and it moves fast.
+  from d2sd_jax.kernels.linear import few_rows_kernel
+
+  parts, width = 2 if gated else 1, x.shape[-1]
+  size = stored.shape[0] // parts
+  rows = x.reshape(-1, width)
+  count = len(rows)
+  if residual is not None:
+    residual = residual.reshape(-1, size)
+  whole = lambda x: jnp.pad(x, ((0, -count % CHUNK), (0, 0)))
+  out = few_rows_kernel.multiply(
+    whole(rows),
+    stored.reshape(parts, size, width),
+    norm,
+    None if residual is None else whole(residual),
+    plan or choose_plan(count, size, width, parts),
+    eps=eps,
+    interpret=interpret,
+  )
+  return out[:count].reshape(*x.shape[:-1], size)
+
+
+def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
+  """The plan for operands of these sizes on a whole H100 or H200.
+
+  Args:
+    count: rows of `x`.
+    size: columns of the result.
+    width: columns of `x`.
+    parts: 2 if gated, else 1.
+  """
+  strip = 16
+  chunks = -(-count // CHUNK)
+  # Each block reads its rows whole: the fewer, the sooner.
+  tiles = max(-(-count // 64), min(chunks, MULTIPROCESSORS // (size // strip)))
+  rows = -(-chunks // tiles) * CHUNK
+  step = COLUMNS * 2 * (64 + parts * strip + 1)
+  # Of shared memory, a little is for the rest and for the system.
+  room = SHARED_MEMORY - 2048 - 64 * strip * 2
+  return Plan(
+    strip=strip, rows=rows, stages=min(width // COLUMNS, room // step)
+  )

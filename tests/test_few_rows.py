@@ -1,0 +1,143 @@
+"""A few rows' products on Hopper: interpreted, lowered and on a GPU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from d2sd_jax.kernels.cascade_attention.mosaic_gpu import has_kernels
+from d2sd_jax.kernels.linear import few_rows, linear
+from d2sd_jax.kernels.transposed import Transposed
+
+# Pallas's GPU interpreter came with jax 0.11, and that wants Python 3.12.
+needs_kernels = pytest.mark.skipif(
+  not has_kernels(), reason="needs jax 0.11 or newer"
+)
+EPS = 0.25
+
+
+def _operands(count, width, size, *, normed, gated, added):
+  """x, the stored matrix, a norm and a residual, or `None` for these."""
+  rng = np.random.default_rng(count)
+  draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
+  out = size // 2 if gated else size
+  return (
+    *(draw(1, count, width), 0.1 * draw(size, width)),
+    draw(width) if normed else None,
+    draw(1, count, out) if added else None,
+  )
+
+
+def _check(got, x, stored, norm, residual, gated):
+  """Compares with float64."""
+  x, stored, norm, residual = (
+    None if a is None else np.asarray(a, np.float64)
+    for a in (x, stored, norm, residual)
+  )
+  if norm is not None:
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
+  exact = x @ stored.T
+  if gated:
+    gate, up = np.split(exact, 2, axis=-1)
+    exact = gate / (1 + np.exp(-gate)) * up
+  exact = exact if residual is None else exact + residual
+  assert got.dtype == jnp.bfloat16
+  assert got.shape == exact.shape
+  tolerance = 2**-7
+  largest = np.abs(exact).max()
+  np.testing.assert_allclose(
+    np.float64(got), exact, tolerance, tolerance * largest
+  )
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("count", "width", "size", "plan", "around"),
+  [
+    # Blocks of all rows and of some, of which the last has fewer.
+    (16, 128, 32, {}, {}),
+    (24, 192, 64, {"rows": 16}, {"normed": True, "gated": True}),
+    # Fewer stages than steps, and strips of two tiles.
+    (40, 256, 64, {"stages": 2, "rows": 24}, {"normed": True, "added": True}),
+    (8, 192, 64, {"stages": 2, "strip": 32}, {"added": True}),
+    # Rows that are no whole chunk.
+    (5, 128, 96, {}, {"normed": True, "gated": True, "added": True}),
+  ],
+)
+def test_the_kernel(count, width, size, plan, around):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  around = {"normed": False, "gated": False, "added": False} | around
+  operands = _operands(count, width, size, **around)
+  x, stored, norm, residual = operands
+  gated = around["gated"]
+  chosen = few_rows.choose_plan(
+    count, size // (2 if gated else 1), width, 2 if gated else 1
+  )
+  got = few_rows.linear(
+    *(x, stored, norm, EPS, gated, residual),
+    plan=dataclasses.replace(chosen, registers=False, **plan),
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
+  )
+  _check(got, *operands, gated)
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [8, 16, 64, 72, 128])
+@pytest.mark.parametrize(
+  ("width", "size", "parts"),
+  [(576, 960, 1), (576, 576, 1), (576, 1536, 2), (1536, 576, 1), (1024, 32, 1)],
+)
+def test_plans_cover_all_rows_and_fit(count, width, size, parts):
+  from d2sd_jax.kernels.linear import few_rows_kernel
+
+  plan = few_rows.choose_plan(count, size, width, parts)
+  assert plan.rows % few_rows.CHUNK == 0
+  assert 0 < plan.rows <= few_rows_kernel.ROWS
+  assert 1 <= plan.stages <= width // few_rows.COLUMNS
+  # No block is without a row.
+  tiles = -(-count // plan.rows)
+  assert (tiles - 1) * plan.rows < count <= tiles * plan.rows
+  held = few_rows_kernel.ROWS + parts * plan.strip + 1
+  held = 2 * few_rows.COLUMNS * plan.stages * held
+  assert held + 2 * few_rows_kernel.ROWS * plan.strip < 227 * 1024 - 1024
+
+
+@needs_kernels
+@pytest.mark.parametrize("gated", [False, True])
+def test_it_lowers_for_cuda(gated):
+  shapes = _operands(72, 576, 96, normed=True, gated=gated, added=True)
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+  run = jax.jit(lambda x, w, n, r: few_rows.linear(x, w, n, EPS, gated, r))
+  lowered = run.trace(*shapes).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu_v2" in lowered.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 8, 13, 16, 64, 72, 128])
+@pytest.mark.parametrize(
+  ("width", "size", "around"),
+  [
+    # SmolLM2's four products, and Qwen3-8B's.
+    (576, 960, {"normed": True}),
+    (576, 576, {"added": True}),
+    (576, 3072, {"normed": True, "gated": True}),
+    (1536, 576, {"added": True}),
+    (4096, 6144, {"normed": True}),
+    (4096, 24_576, {"normed": True, "gated": True}),
+    (12_288, 4096, {"added": True}),
+  ],
+)
+def test_on_a_gpu(count, width, size, around):
+  around = {"normed": False, "gated": False, "added": False} | around
+  operands = _operands(count, width, size, **around)
+  x, stored, norm, residual = operands
+  got = linear(
+    *(x, Transposed(stored=stored)),
+    **{"norm": norm, "eps": EPS, "residual": residual},
+    gated=around["gated"],
+    implementation="few_rows",
+  )
+  _check(got, *operands, around["gated"])
