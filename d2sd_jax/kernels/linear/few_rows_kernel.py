@@ -21,7 +21,7 @@ from d2sd_jax.typing import Array, Float
 # A wgmma takes 64 rows; those past the block's own are nobody's.
 ROWS = 64
 _TILE = plgpu.Layout.WGMMA
-_ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)
+_COLUMN = _TILE.reduce(0)
 
 
 class _Scratch(NamedTuple):
@@ -132,23 +132,23 @@ class _Block:
 
   def sums(self, eps):
     """The float32 products of each part, of normed rows if there is a norm."""
+    shape, normed = (ROWS, self.plan.strip), self.norm is not None
 
     def add(*sums):
+      zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), _TILE)
       step = functools.partial(self._step, sums)
-      zero = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _ROW)
-      squares = lax.fori_loop(0, self.steps, step, zero)
-      return squares, *(s[...] for s in sums)
+      squares = lax.fori_loop(0, self.steps, step, zero if normed else ())
+      sums = [s[...] for s in sums]
+      if not normed:
+        return sums
+      # Along a row in the end alone: that takes shuffles.
+      mean = squares.sum(axis=1) / self.x.shape[1]
+      factor = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, [0])
+      return [s * factor for s in sums]
 
-    shape = (ROWS, self.plan.strip)
     parts = self.stored.shape[0]
-    squares, *sums = pl.run_scoped(
-      add, *[plgpu.ACC(shape, jnp.float32) for _ in range(parts)]
-    )
-    if self.norm is None:
-      return sums
-    factor = lax.rsqrt(squares / self.x.shape[1] + eps)
-    factor = lax.broadcast_in_dim(factor, shape, [0])
-    return [s * factor for s in sums]
+    accumulators = [plgpu.ACC(shape, jnp.float32) for _ in range(parts)]
+    return pl.run_scoped(add, *accumulators)
 
   def write(self, sums):
     """Gates the product, adds to it and writes it."""
@@ -213,9 +213,9 @@ class _Block:
     return squares
 
   def _weigh(self, x, slot, squares):
-    """Rows times the norm's weights, and the squares' sums so far."""
+    """Rows times the norm's weights, and the squares so far."""
     wide = plgpu.load(x, layout=_TILE).astype(jnp.float32)
-    squares = squares + (wide * wide).sum(axis=1)
+    squares = squares + wide * wide
     norm = self.scratch.norm.at[slot]
     norm = plgpu.load(norm, layout=_COLUMN, optimized=False)
     norm = lax.broadcast_in_dim(norm.astype(jnp.float32), wide.shape, [1])
