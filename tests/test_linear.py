@@ -131,10 +131,20 @@ def test_what_cannot_run_says_why():
   )
 
 
-def test_a_matrix_of_another_width_is_refused():
-  x, stored = _draw(jnp.bfloat16, (1, 64), (32, 128))
-  with triton.interpreter(), pytest.raises(TypeError, match="reshape"):
-    lone_row.linear(x, stored)
+@pytest.mark.parametrize("wrong", ["matrix", "norm", "residual"])
+@pytest.mark.parametrize("implementation", ["lone_row", "xla"])
+def test_what_does_not_fit_is_refused(implementation, wrong):
+  sizes = {"matrix": 64, "norm": 64, "residual": 32} | {wrong: 48}
+  x, stored, norm, residual = _draw(
+    *(jnp.bfloat16, (1, 64), (32, sizes["matrix"]), (sizes["norm"],)),
+    (1, sizes["residual"]),
+  )
+  with triton.interpreter(), pytest.raises((TypeError, ValueError)):
+    linear(
+      *(x, Transposed(stored=stored)),
+      **{"norm": norm, "eps": EPS, "residual": residual},
+      implementation=implementation,
+    )
 
 
 @pytest.mark.gpu

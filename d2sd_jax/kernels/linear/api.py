@@ -48,6 +48,7 @@ def linear(
 
   Raises:
     UsageError: no such implementation, or one that cannot run this.
+    TypeError, ValueError: the shapes do not fit each other.
   """
   name = implementation or ("lone_row" if lone_row.wins(x, matrix) else "xla")
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
