@@ -22,7 +22,7 @@ Step = Callable[[Any, Any, Any], Any]
 _MARKS = {
   "cudnn": "cudnn",
   "lone_node": "lone_node",
-  "mosaic_gpu": "mosaic_gpu",
+  "mosaic_gpu": "cascade_attention",
   "mosaic_tpu": "tpu_custom_call",
 }
 # What devices exchange; where it waits somewhere else, it is but started.
@@ -163,12 +163,13 @@ def time_step(
 def _custom_calls(hlo: str) -> tuple[str, ...]:
   """The names of what a compiled program calls, each once.
 
-  All of Triton's kernels are one target: those are told by their own names.
+  All of Triton's kernels are one target, and all of Mosaic GPU's: those are
+  told by their own names.
   """
   called = set()
   for line in hlo.splitlines():
     if target := re.search(r'custom_call_target="([^"]+)"', line):
-      own = re.search(r'op_name="[^"]*/(\w+)/pallas_call"', line)
-      triton = own if "triton" in target[1] else None
-      called.add((triton or target)[1])
+      own = re.search(r'op_name="[^"]*/(\w+)/(?:pallas_call|mpmd_map)"', line)
+      ours = own if re.search("triton|mosaic_gpu", target[1]) else None
+      called.add((ours or target)[1])
   return tuple(sorted(called))

@@ -143,6 +143,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
   assert len(json.loads(path.read_text())) == 2
   assert cost_table(_models(), 2, 64, told.append) == table
   # Another kernel's code, another table.
+  assert {"lone_row.py", "layers.py"} <= {p.name for p in costs._sources()}
   source = tmp_path / "kernel.py"
   source.write_text("faster")
   monkeypatch.setattr(costs, "_sources", lambda: [source])

@@ -108,7 +108,10 @@ def test_a_silent_fallback_is_a_failure():
   ran.check_ran({"target": "xla"})
   with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
     ran.check_ran({"target": "xla", "draft 1": "mosaic_gpu"})
-  kernel = dataclasses.replace(ran, custom_calls=("mosaic_gpu_v2",))
+  kernel = dataclasses.replace(ran, custom_calls=("few_rows",))
+  with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
+    kernel.check_ran({"draft 1": "mosaic_gpu"})
+  kernel = dataclasses.replace(ran, custom_calls=("cascade_attention",))
   kernel.check_ran({"draft 1": "mosaic_gpu"})
 
 

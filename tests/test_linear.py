@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from d2sd_jax import UsageError
-from d2sd_jax.kernels import triton
-from d2sd_jax.kernels.cascade_attention import mosaic_gpu
+from d2sd_jax.kernels import hopper, triton
 from d2sd_jax.kernels.linear import few_rows, linear, lone_row
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed
@@ -160,9 +159,8 @@ def test_when_a_few_rows_have_a_kernel(monkeypatch, change, wins):
   device = types.SimpleNamespace(
     platform="gpu", compute_capability=case["capability"]
   )
-  monkeypatch.setattr(mosaic_gpu, "target_device", lambda: device)
-  monkeypatch.setattr(few_rows, "has_kernels", lambda: case["has_kernels"])
-  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: True)
+  monkeypatch.setattr(hopper, "target_device", lambda: device)
+  monkeypatch.setattr(hopper, "has_kernels", lambda: case["has_kernels"])
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, case["dtype"])
   x = shape(1, case["rows"], case["width"])
   matrix = Transposed(stored=shape(case["size"], case["width"]))
@@ -170,10 +168,22 @@ def test_when_a_few_rows_have_a_kernel(monkeypatch, change, wins):
   assert not few_rows.wins(x, matrix.stored)
 
 
-def test_a_matrix_of_another_width_is_refused():
-  x, stored = _draw(jnp.bfloat16, (1, 64), (32, 128))
-  with triton.interpreter(), pytest.raises(TypeError, match="reshape"):
-    lone_row.linear(x, stored)
+@pytest.mark.parametrize("wrong", ["matrix", "norm", "residual"])
+@pytest.mark.parametrize("implementation", ["lone_row", "xla"])
+def test_what_does_not_fit_is_refused(implementation, wrong):
+  sizes = {"matrix": 64, "norm": 64, "residual": 32} | {wrong: 48}
+  x, stored, norm, residual = _draw(
+    *(jnp.bfloat16, (1, 64), (32, sizes["matrix"]), (sizes["norm"],)),
+    (1, sizes["residual"]),
+  )
+  with triton.interpreter(), pytest.raises((TypeError, ValueError)):
+    linear(
+      *(x, Transposed(stored=stored)),
+      **{"norm": norm, "eps": EPS, "residual": residual},
+      implementation=implementation,
+    )
+  with pytest.raises(TypeError):
+    few_rows.linear(x, stored, norm, EPS, False, residual)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ import oracles
 import pytest
 
 from d2sd_jax import UsageError, cascade_attention
+from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.cascade_attention import (
   CAUSAL,
   IMPLEMENTATIONS,
@@ -20,7 +21,7 @@ from d2sd_jax.kernels.cascade_attention.api import default_implementation
 
 # Pallas's GPU interpreter came with jax 0.11, and that wants Python 3.12.
 needs_kernels = pytest.mark.skipif(
-  not mosaic_gpu.has_kernels(), reason="needs jax 0.11 or newer"
+  not hopper.has_kernels(), reason="needs jax 0.11 or newer"
 )
 
 
@@ -254,7 +255,7 @@ def test_the_splits_share_the_tiles_that_hold_the_prefix(splits):
   ],
 )
 def test_it_lowers_for_cuda(monkeypatch, sizes, options):
-  monkeypatch.setattr(mosaic_gpu, "is_available", lambda: True)
+  monkeypatch.setattr(hopper, "runs_here", lambda: True)
   shape = lambda sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype)
   sizes = {"batch": 1, "groups": 1, "share": 3, "kv_heads": 1} | sizes
   b, g, r, j = (sizes[k] for k in ("batch", "groups", "nodes", "kv_heads"))
@@ -283,7 +284,7 @@ def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
   assert 1 <= plan.splits <= max(size // plan.block_keys, 1)
   assert plan.stages >= 2
   shared = plan.stages * 4 * plan.block_keys + plan.warpgroups * 2 * 64
-  assert shared * dim < mosaic_gpu.SHARED_MEMORY - 2048
+  assert shared * dim < hopper.SHARED_MEMORY - 2048
 
 
 @needs_kernels
@@ -326,7 +327,7 @@ def test_it_says_why_it_cannot_run(monkeypatch, dtype, dim, size, message):
 
 
 def test_an_older_jax_is_named(monkeypatch):
-  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: False)
+  monkeypatch.setattr(hopper, "has_kernels", lambda: False)
   arrays, options = _inputs()
   options = {name: jnp.asarray(x) for name, x in options.items()}
   with pytest.raises(UsageError, match=r"jax='.*': expected 0.11 or newer"):
@@ -357,7 +358,7 @@ def test_the_default_on_hopper(
 ):
   device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
   monkeypatch.setattr(jax, "devices", lambda *_: [device])
-  monkeypatch.setattr(mosaic_gpu, "has_kernels", lambda: has_kernels)
+  monkeypatch.setattr(hopper, "has_kernels", lambda: has_kernels)
   query = jax.ShapeDtypeStruct((1, 1, nodes, 3, 64), dtype)
   keys = jax.ShapeDtypeStruct((1, 1, size, 64), dtype)
   assert default_implementation(query, keys) == name

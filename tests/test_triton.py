@@ -74,6 +74,7 @@ def test_which_caches_are_written_so():
     long = jnp.zeros((2, 3, 129, 32))
     assert not fits((jnp.zeros((2, 3, 200, 32)),) * 2, (long,) * 2)
     assert not fits((cache[:, :, :6],) * 2, (rows,) * 2)
+    assert not fits((cache,) * 2, (rows[:, :, :0],) * 2)
     assert not fits((cache, cache.astype(jnp.bfloat16)), (rows,) * 2)
 
 

@@ -4,6 +4,7 @@ XLA takes two to four behind a product that is a kernel of its own.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def fits(heads: Float[Array, "*positions heads H"]) -> bool:
   return (
     triton.runs_here()
     and head_dim & (head_dim - 1) == 0
-    and functools.reduce(int.__mul__, positions, 1) <= MOST_ROWS
+    and 0 < math.prod(positions) <= MOST_ROWS
   )
 
 

@@ -31,7 +31,7 @@ def fits(
     and len({(c.shape, c.dtype) for c in caches}) == 1
     and count <= caches[0].shape[2]
     and head_dim & (head_dim - 1) == 0
-    and count <= MOST_ROWS
+    and 0 < count <= MOST_ROWS
   )
 
 

@@ -24,6 +24,7 @@ from einops import rearrange
 from d2sd_jax import cli
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.paths import atomic_write, user_path
+from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.cascade_attention import (
   IMPLEMENTATIONS,
   cascade_attention,
@@ -252,7 +253,7 @@ def plans(shape: Shape) -> Iterator[Any]:
       most = mosaic_gpu.most_stages(warpgroups, block_keys, shape.head_size)
       for stages in sorted({2, min(most, 4), most} - {0, 1}):
         for splits in (1, 2, 4, 8, 12, 16, 24, 32):
-          waves = blocks * pairs * splits / mosaic_gpu.MULTIPROCESSORS
+          waves = blocks * pairs * splits / hopper.MULTIPROCESSORS
           plan = dataclasses.replace(
             chosen,
             warpgroups=warpgroups,

@@ -14,20 +14,15 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from d2sd_jax.errors import require
-from d2sd_jax.kernels import triton
+from d2sd_jax.kernels import hopper, triton
 from d2sd_jax.kernels.cascade_attention import merge_triton, xla
 from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place
-from d2sd_jax.kernels.device import target_device
 from d2sd_jax.typing import Array
 
 DTYPES = ("bfloat16", "float16")
 HEAD_SIZES = (64, 128)
 # Rows of a tile in shared memory; arrays are whole tiles, or less than one.
 TILE = 8
-# Of an H100 or H200 (SXM): streaming multiprocessors, and what shared memory
-# one block can have.
-MULTIPROCESSORS = 132
-SHARED_MEMORY = 227 * 1024
 # More nodes a row are prefill or training, where cuDNN's kernel is the default.
 MAX_NODES = 256
 
@@ -77,19 +72,8 @@ def wins(
     prefix_keys.shape[2] > 0
     and query.shape[1] * query.shape[2] <= MAX_NODES
     and why_not(query, prefix_keys, local_keys) is None
-    and is_available()
+    and hopper.runs_here()
   )
-
-
-def is_available() -> bool:
-  """Whether the default device is a Hopper GPU, and JAX new enough for it."""
-  capability = str(getattr(target_device(), "compute_capability", ""))
-  return capability.startswith("9.") and has_kernels()
-
-
-def has_kernels() -> bool:
-  """Whether this JAX has the Pallas Mosaic GPU the kernel is written in."""
-  return jax.version.__version_info__ >= (0, 11)
 
 
 def cascade_attention(
@@ -131,10 +115,10 @@ def cascade_attention(
   if problem := why_not(query, prefix_keys, local_keys):
     field, value, expected = problem
     require(False, name + field, value, expected)
-  require(has_kernels(), name + "jax", jax.__version__, "0.11 or newer")
+  require(hopper.has_kernels(), name + "jax", jax.__version__, "0.11 or newer")
   if interpret is None:
     expected = "an NVIDIA GPU of compute capability 9.x for it"
-    require(is_available(), "implementation", "mosaic_gpu", expected)
+    require(hopper.runs_here(), "implementation", "mosaic_gpu", expected)
   arrays = query, prefix_keys, prefix_values, local_keys, local_values, sinks
   options = prefix_end, prefix_start, local_mask
   return _attend_once(plan, interpret, arrays, options)
@@ -224,7 +208,7 @@ def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
   blocks = -(-tiles // 3)
   warpgroups = -(-tiles // blocks)
   # With many blocks, two fit one multiprocessor and hide each other's waits.
-  many = warpgroups == 1 and pairs * blocks >= 2 * MULTIPROCESSORS
+  many = warpgroups == 1 and pairs * blocks >= 2 * hopper.MULTIPROCESSORS
   block_keys = 64 if many or warpgroups == 3 else 128
   steps = max(-(-size // block_keys), 1)
   stages = most_stages(warpgroups, block_keys, head_dim, 2 if many else 1)
@@ -252,7 +236,9 @@ def most_stages(
     resident: blocks on one multiprocessor at once.
   """
   # Of it, a little is for barriers, logarithms and the system.
-  room = SHARED_MEMORY // resident - 2560 - warpgroups * 64 * head_dim * 2
+  room = (
+    hopper.SHARED_MEMORY // resident - 2560 - warpgroups * 64 * head_dim * 2
+  )
   return room // (4 * block_keys * head_dim)
 
 
@@ -271,7 +257,7 @@ def _splits(blocks: int, steps: int, left: int) -> int:
   """
 
   def time(splits):
-    waves = -(-blocks * splits // MULTIPROCESSORS)
+    waves = -(-blocks * splits // hopper.MULTIPROCESSORS)
     merge = 0.5 + splits * left / 10240 if splits > 1 else 0
     return waves * (-(-steps // splits) + 2) + merge
 

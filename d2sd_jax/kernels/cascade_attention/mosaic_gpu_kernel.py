@@ -192,6 +192,7 @@ def attend(
     compiler_params=plgpu.CompilerParams(
       approx_math=True, reduction_scratch_bytes=0
     ),
+    kernel_name="cascade_attention",
     interpret=interpret,
   )
   return run(*operands)

@@ -52,6 +52,7 @@ def linear(
 
   Raises:
     UsageError: no such implementation, or one that cannot run this.
+    TypeError, ValueError: the shapes do not fit each other.
   """
   name = implementation or _default_implementation(x, matrix)
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))

@@ -9,12 +9,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from d2sd_jax.kernels.cascade_attention.mosaic_gpu import (
-  MULTIPROCESSORS,
-  SHARED_MEMORY,
-  has_kernels,
-  is_available,
-)
+from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.quantized import QuantizedMatrix
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
@@ -54,7 +49,7 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
   """
-  if not has_kernels() or not is_available():
+  if not hopper.runs_here():
     return "an NVIDIA GPU of compute capability 9.x, and jax 0.11 or newer"
   if not isinstance(matrix, Transposed):
     return "a matrix stored [out, in]"
@@ -109,25 +104,26 @@ def linear(
   Returns:
     As many rows, in `x`'s dtype.
   """
+  parts, width = 2 if gated else 1, x.shape[-1]
+  size, count = stored.shape[0] // parts, x.size // width
+  plan = plan or choose_plan(count, size, width, parts)
+
+  def lying(array, *shape):
+    return None if array is None else array.astype(x.dtype).reshape(shape)
+
+  def rows(array, width):
+    array = lying(array, count, width)
+    missing = ((0, -count % CHUNK), (0, 0))
+    return None if array is None else jnp.pad(array, missing)
+
+  operands = (
+    *(rows(x, width), lying(stored, parts, size, width)),
+    *(lying(norm, width), rows(residual, size)),
+  )
   # Pallas Mosaic is imported where it runs: few do, and it moves fast.
   from d2sd_jax.kernels.linear import few_rows_kernel
 
-  parts, width = 2 if gated else 1, x.shape[-1]
-  size = stored.shape[0] // parts
-  rows = x.reshape(-1, width)
-  count = len(rows)
-  if residual is not None:
-    residual = residual.reshape(-1, size)
-  whole = lambda x: jnp.pad(x, ((0, -count % CHUNK), (0, 0)))
-  out = few_rows_kernel.multiply(
-    whole(rows),
-    stored.reshape(parts, size, width),
-    norm,
-    None if residual is None else whole(residual),
-    plan or choose_plan(count, size, width, parts),
-    eps=eps,
-    interpret=interpret,
-  )
+  out = few_rows_kernel.multiply(*operands, plan, eps=eps, interpret=interpret)
   return out[:count].reshape(*x.shape[:-1], size)
 
 
@@ -143,11 +139,12 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
   strip = 16
   chunks = -(-count // CHUNK)
   # Each block reads its rows whole: the fewer, the sooner.
-  tiles = max(-(-count // 64), min(chunks, MULTIPROCESSORS // (size // strip)))
+  enough = hopper.MULTIPROCESSORS // (size // strip)
+  tiles = max(-(-count // 64), min(chunks, enough))
   rows = -(-chunks // tiles) * CHUNK
-  step = COLUMNS * 2 * (64 + parts * strip + 1)
+  step = COLUMNS * 2 * (64 + parts * strip)
   # Of shared memory, a little is for the rest and for the system.
-  room = SHARED_MEMORY - 2048 - 64 * strip * 2
+  room = hopper.SHARED_MEMORY - 4096 - 64 * strip * 2 - width * 2
   return Plan(
     strip=strip, rows=rows, stages=min(width // COLUMNS, room // step)
   )

@@ -32,6 +32,7 @@ class _Scratch(NamedTuple):
   norm: Any
   out: Any
   ready: Any
+  norm_ready: Any
   out_ready: Any
 
 
@@ -55,28 +56,37 @@ def multiply(
     plan: how the work is cut.
     eps: of the norm.
     interpret: `plgpu.InterpretGPUParams` runs it on a CPU.
+
+  Returns:
+    As many rows, in `x`'s dtype.
   """
   count, (parts, size, _) = len(x), stored.shape
+  if norm is not None:
+    # A copy takes no more than 256 along an axis.
+    norm = norm.reshape(-1, COLUMNS)
   given = {"x": x, "stored": stored, "norm": norm, "residual": residual}
   names = [name for name, array in given.items() if array is not None]
   run = plgpu.kernel(
     functools.partial(_block, names=names, plan=plan, eps=eps),
     out_type=jax.ShapeDtypeStruct((count, size), x.dtype),
-    scratch_types=_scratch(plan, x.dtype, parts, 2 + (norm is not None)),
+    scratch_types=_scratch(plan, x.dtype, parts, norm),
     grid=(size // plan.strip, pl.cdiv(count, plan.rows)),
     grid_names=("strip", "tile"),
     num_threads=1,
     thread_name="warpgroup",
-    # A row lies within a warp: its sums need no shared memory.
+    # A row lies within a warp: its sums need no shared memory. Barriers before
+    # each copy, which Pallas would set, are one for all where a slot is filled
+    # again or the result is written.
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=0
+      approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=True
     ),
+    kernel_name="few_rows",
     interpret=interpret,
   )
   return run(*(given[name] for name in names))
 
 
-def _scratch(plan, dtype, parts, sent):
+def _scratch(plan, dtype, parts, norm):
   def tiles(*shape):
     swizzle = plgpu.find_swizzle(shape[-1] * 16)
     transforms = (
@@ -85,16 +95,17 @@ def _scratch(plan, dtype, parts, sent):
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-  barriers = lambda count, arrivals: plgpu.Barrier(
+  barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
   return _Scratch(
     x=tiles(plan.stages, ROWS, COLUMNS),
     matrix=tiles(plan.stages, parts, plan.strip, COLUMNS),
-    norm=plgpu.SMEM((plan.stages, COLUMNS), dtype),
+    norm=None if norm is None else plgpu.SMEM(norm.shape, dtype),
     out=tiles(ROWS, plan.strip),
-    ready=barriers(plan.stages, sent),
-    out_ready=barriers(1, 1),
+    ready=barriers(plan.stages, 2),
+    norm_ready=barriers(1),
+    out_ready=barriers(1),
   )
 
 
@@ -121,6 +132,10 @@ class _Block:
 
   def fetch(self):
     """Sends for all that needs no other to be done with."""
+    if self.norm is not None:
+      plgpu.copy_gmem_to_smem(
+        self.norm, self.scratch.norm, self.scratch.norm_ready
+      )
     for step in range(self.plan.stages):
       self._load(step)
     if self.residual is not None:
@@ -133,6 +148,8 @@ class _Block:
   def sums(self, eps):
     """The float32 products of each part, of normed rows if there is a norm."""
     shape, normed = (ROWS, self.plan.strip), self.norm is not None
+    if normed:
+      plgpu.barrier_wait(self.scratch.norm_ready)
 
     def add(*sums):
       zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), _TILE)
@@ -160,6 +177,7 @@ class _Block:
       plgpu.barrier_wait(self.scratch.out_ready)
       added = plgpu.load(shared, layout=_TILE)
       result = result + added.astype(jnp.float32)
+      plgpu.commit_smem()
     shared[...] = result.astype(shared.dtype)
     plgpu.commit_smem()
     # By the chunk, for what lies past the last row must not be written.
@@ -186,10 +204,6 @@ class _Block:
     plgpu.copy_gmem_to_smem(
       self.stored.at[:, self.strip, at], self.scratch.matrix.at[slot], ready
     )
-    if self.norm is not None:
-      plgpu.copy_gmem_to_smem(
-        self.norm.at[at], self.scratch.norm.at[slot], ready
-      )
 
   def _step(self, sums, step, squares):
     """Adds the product of 64 columns."""
@@ -197,7 +211,7 @@ class _Block:
     plgpu.barrier_wait(self.scratch.ready.at[slot])
     x = self.scratch.x.at[slot]
     if self.norm is not None:
-      x, squares = self._weigh(x, slot, squares)
+      x, squares = self._weigh(x, step, squares)
     for i, part in enumerate(sums):
       matrix = self.scratch.matrix.at[slot, i].transpose((1, 0))
       plgpu.wgmma(part, x, matrix)
@@ -212,11 +226,11 @@ class _Block:
 
     return squares
 
-  def _weigh(self, x, slot, squares):
+  def _weigh(self, x, step, squares):
     """Rows times the norm's weights, and the squares so far."""
     wide = plgpu.load(x, layout=_TILE).astype(jnp.float32)
     squares = squares + wide * wide
-    norm = self.scratch.norm.at[slot]
+    norm = self.scratch.norm.at[step]
     norm = plgpu.load(norm, layout=_COLUMN, optimized=False)
     norm = lax.broadcast_in_dim(norm.astype(jnp.float32), wide.shape, [1])
     weighed = wide * norm

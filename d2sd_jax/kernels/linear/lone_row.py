@@ -88,9 +88,9 @@ def linear(
   block = pl.BlockSpec((parts, 1, width), lambda i: (0, i, 0))
   operands = [(x.reshape(-1), whole), (stored, block)]
   if norm is not None:
-    operands.append((norm, whole))
+    operands.append((norm.reshape(width), whole))
   if residual is not None:
-    operands.append((residual.reshape(-1), part))
+    operands.append((residual.reshape(size), part))
   arrays, specs = zip(*operands, strict=True)
   out = triton.call(
     functools.partial(_kernel, eps=None if norm is None else eps),
