@@ -31,8 +31,9 @@ def _tree(seed):
 def _run(optimizer, steps=4):
   params = _tree(0)
   state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
   for step in range(steps):
-    updates, state = optimizer.update(_tree(step + 1), state, params)
+    updates, state = update(_tree(step + 1), state, params)
     params = optax.apply_updates(params, updates)
   return params, state
 
