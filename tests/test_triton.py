@@ -265,15 +265,14 @@ def test_decoding(request):
   expected = _decode("ar")
   names = request.getfixturevalue("interpreted")
   assert _decode("ar") == expected
-  layers = tiny.TARGET.num_layers
-  # The step's four products a layer, and one write; none of the prefill's.
-  assert names["lone_row"] == 4 * layers
-  assert names["norm_and_rotate"] >= layers
+  # A layer's four products, which the others share, and none of the prefill's.
+  assert names["lone_row"] == 4
+  assert names["norm_and_rotate"] >= 1
   assert names["write_all"] >= 1
   names.clear()
   assert _decode("d2sd") == expected
   assert names["lone_row"] == 0
-  assert names["norm_and_rotate"] >= layers
+  assert names["norm_and_rotate"] >= 1
   assert names["write_all"] >= 1
 
 

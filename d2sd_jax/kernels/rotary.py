@@ -27,6 +27,7 @@ def fits(heads: Float[Array, "*positions heads H"]) -> bool:
   )
 
 
+@triton.lowered_once("eps", "num_heads", "num_kv_heads")
 def queries_and_keys(
   heads: Float[Array, "*positions heads H"],
   cos: Float[Array, "*positions half"],

@@ -6,9 +6,11 @@ this part of Pallas: without it XLA's own kernels run, as on other devices.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 from jax.experimental import pallas as pl
 
 from d2sd_jax.kernels.device import target_device
@@ -19,6 +21,7 @@ except ImportError:
   language = None  # type: ignore[assignment]
 
 DEVICE = "an NVIDIA GPU of Ampere or newer, and a JAX with Pallas for Triton"
+_F = TypeVar("_F", bound=Callable[..., Any])
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -50,6 +53,32 @@ def call(
     interpret=_interpreted.get(),
     **options,
   )
+
+
+def lowered_once(*static: str) -> Callable[[_F], _F]:
+  """For functions that call a kernel: calls of one kind share its lowering.
+
+  All layers of a model do. Each would take 0.03 s, and a step has hundreds.
+
+  Args:
+    *static: arguments that are no arrays.
+  """
+
+  def wrap(function: _F) -> _F:
+    # What the interpreter has traced is not for a device. JAX tells functions
+    # by identity, so each has a copy.
+    copies = {
+      by_hand: jax.jit(functools.partial(function), static_argnames=static)
+      for by_hand in (False, True)
+    }
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+      return copies[_interpreted.get()](*args, **options)
+
+    return call  # type: ignore[return-value]
+
+  return wrap
 
 
 @contextlib.contextmanager

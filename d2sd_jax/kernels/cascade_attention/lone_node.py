@@ -104,7 +104,7 @@ def cascade_attention(
   """
   missing = why_not(query, prefix_keys, local_keys)
   require(missing is None, "implementation", "lone_node", str(missing))
-  return _attend(
+  return _attend_once(
     (query, prefix_keys, prefix_values, local_keys, local_values, sinks),
     (prefix_end, prefix_start, local_mask),
   )
@@ -169,6 +169,7 @@ def _backward(saved, cotangent):
 
 
 _attend.defvjp(_forward, _backward)
+_attend_once = triton.lowered_once()(_attend)
 
 
 def _power(size):

@@ -59,6 +59,7 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
   return matrix.stored.size <= MOST_ELEMENTS  # type: ignore[union-attr]
 
 
+@triton.lowered_once("eps", "gated")
 def linear(
   x: Float[Array, "... D"],
   stored: Float[Array, "out D"],
