@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from d2sd_jax import Sampling, generate
+from d2sd_jax import generate
 from d2sd_jax.decoding.placement import ROWS, WHOLE, model_specs
 from d2sd_jax.decoding.state import prefill, state_specs
 from d2sd_jax.sharding import DECODING_AXES, TENSOR
@@ -66,6 +66,15 @@ _CASES = [
   _Case("h200", "4", 1, 4, 0.25e9),
   _Case("v6e", "2x4", 1, 8, 0.1e9, num_layers=4, split=True),
 ]
+
+
+def _mesh(case):
+  """Its devices in its shape."""
+  devices = np.array(chips.devices_of(case.chip, case.topology))
+  return Mesh(
+    devices.reshape(case.data, case.tensor),
+    *(DECODING_AXES, (AxisType.Auto,) * 2),
+  )
 
 
 def _arguments(case, mesh):
@@ -139,12 +148,8 @@ def _check_messages(hlo, case):
 @pytest.mark.parametrize("case", _CASES, ids=str)
 def test_cycle_on_a_mesh(case):
   """What all devices together do, in mode `d2sd`."""
-  devices = chips.devices_of(case.chip, case.topology)
-  mesh = Mesh(
-    np.array(devices).reshape(case.data, case.tensor),
-    *(DECODING_AXES, (AxisType.Auto,) * 2),
-  )
-  with jax.default_device(devices[0]):
+  mesh = _mesh(case)
+  with jax.default_device(mesh.devices.flat[0]):
     args = _arguments(case, mesh)
     compiled = chips.compile_program(
       generate, *args, mode="d2sd", config=chips.TREE
@@ -171,24 +176,14 @@ def test_cycle_on_a_mesh(case):
 def test_a_prompt_as_long_as_its_cache():
   """A write of all rows with no indices ended XLA's process here."""
   case = _Case("h200", "2", 2, 1, 0, num_layers=1)
-  devices = chips.devices_of(case.chip, case.topology)
-  mesh = Mesh(
-    np.array(devices).reshape(case.data, case.tensor),
-    *(DECODING_AXES, (AxisType.Auto,) * 2),
-  )
+  mesh = _mesh(case)
 
   def held(spec, *sizes):
     where = NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(sizes, np.int32, sharding=where)
 
-  with jax.default_device(devices[0]):
-    models = _arguments(case, mesh)[0]
-    sampling = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        *(x.shape, x.dtype), sharding=NamedSharding(mesh, WHOLE)
-      ),
-      jax.eval_shape(Sampling.create),
-    )
+  with jax.default_device(mesh.devices.flat[0]):
+    models, _, sampling, _ = _arguments(case, mesh)
     arguments = held(ROWS, 2, 64), *[held(ROWS, 2)] * 3, held(WHOLE, 5)
     compiled = chips.compile_program(
       jax.jit(prefill, static_argnames="capacity"),

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import d2sd_jax
 from d2sd_jax import __version__
 from d2sd_jax.boundary import token_confidence
 from d2sd_jax.decoding.state import Models
@@ -126,8 +125,8 @@ def _key(models: Models, batch: int, capacity: int) -> str:
 
 
 def _sources() -> list[Path]:
-  """What a pass is made of: a version's times are not the next kernel's."""
-  package = Path(d2sd_jax.__file__).parent
+  """The kernels' and the models' code: a table is of the code it timed."""
+  package = Path(__file__).parents[1]
   folders = (package / name for name in ("kernels", "models"))
   return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
