@@ -149,7 +149,7 @@ def test_one_row_takes_few_launches(sizes, small):
   layers = len(models.target.layers)
   calls = Counter(re.findall(_PALLAS, hlo))
   assert calls["lone_row"] == (4 * layers if small else 0)
-  assert calls["norm_and_rotate"] == layers
+  assert calls["norm_and_rotate"] == calls["merge"] == layers
   assert calls["write_all"] == 1
   # Where it has a kernel, nothing else knows a layer's matrices.
   layer = models.target.layers[0]
@@ -171,7 +171,7 @@ def test_a_cycle_of_a_small_target_takes_few_launches():
   # The target's layers and those of two drafters.
   layers = 3 + 2 * chips.DRAFTER_LAYERS
   calls = Counter(re.findall(_PALLAS, hlo))
-  assert calls["norm_and_rotate"] == layers
+  assert calls["norm_and_rotate"] == calls["merge"] == layers
   assert calls["write_all"] == 3
   assert calls["cascade_attention"] == layers
   assert calls["few_rows"] >= 4 * layers

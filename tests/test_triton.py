@@ -18,6 +18,7 @@ from d2sd_jax.io import hf_tensors
 from d2sd_jax.kernels import rotary, transposed, triton
 from d2sd_jax.kernels.cascade_attention import Heads, cascade_attention
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
+from d2sd_jax.kernels.cascade_attention.merge_triton import merge
 from d2sd_jax.kernels.write_all import fits
 from d2sd_jax.models.cache import KVCache, commit_path
 from d2sd_jax.timing import _custom_calls
@@ -103,6 +104,31 @@ def test_norm_and_rotation(kernels, normed, dtype):
   np.testing.assert_allclose(np.float64(got), exact, tolerance, tolerance)
 
 
+@pytest.mark.parametrize(
+  ("splits", "batch", "kv_heads", "share", "nodes", "dim"),
+  [(3, 2, 3, 3, 13, 64), (1, 1, 2, 4, 1, 128), (5, 1, 2, 1, 8, 64)],
+)
+def test_splits_are_merged(kernels, splits, batch, kv_heads, share, nodes, dim):
+  chunks = -(-nodes // 8)
+  # The kernel's rows fill whole tiles; what no node stands for may be anything.
+  rows = -(-chunks * share * 8 // 64) * 64
+  shape = (splits, batch, kv_heads, rows)
+  outputs, logs = _draw(splits, (*shape, dim), shape)
+  logs = 5 * logs
+  weights = np.exp2(np.asarray(logs, np.float64))[..., None]
+  exact = (outputs * weights).sum(0) / weights.sum(0)
+  exact = exact[:, :, : chunks * share * 8].reshape(
+    batch, kv_heads, chunks, share, 8, dim
+  )
+  exact = np.moveaxis(exact, (2, 4), (1, 2)).reshape(
+    batch, -1, kv_heads * share, dim
+  )
+  got = merge(
+    *(outputs, logs), nodes=nodes, chunk=8, share=share, dtype=jnp.float32
+  )
+  np.testing.assert_allclose(got, exact[:, :nodes], 1e-5, 1e-6)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize(
   ("batch", "kv_heads", "share", "size", "dim", "options"),
@@ -183,7 +209,7 @@ def test_programs_tell_their_kernels():
     %a = f32[1] custom-call(%x), custom_call_target="__cublas$gemm"
     %b = f32[1] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
 metadata={op_name="jit(f)/while/body/lone_row/pallas_call"}
-    %c = f32[1] fusion(%x), metadata={op_name="jit(f)/write_all/pallas_call"}
+    %c = f32[1] fusion(%x), metadata={op_name="jit(f)/merge/pallas_call"}
   """
   assert _custom_calls(hlo) == ("__cublas$gemm", "lone_row")
 

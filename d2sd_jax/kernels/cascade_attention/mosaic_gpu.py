@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from d2sd_jax.errors import require
-from d2sd_jax.kernels import hopper
-from d2sd_jax.kernels.cascade_attention import xla
+from d2sd_jax.kernels import hopper, triton
+from d2sd_jax.kernels.cascade_attention import merge_triton, xla
 from d2sd_jax.kernels.cascade_attention.heads import Heads, in_place
 from d2sd_jax.typing import Array
 
@@ -163,7 +163,15 @@ def _attend(plan, interpret, arrays, options):
     merged=merged,
     interpret=interpret,
   )
-  if not merged:
+  if not merged and sinks is None and triton.runs_here():
+    outputs = merge_triton.merge(
+      *outputs,
+      nodes=groups * nodes,
+      chunk=kernel.CHUNK,
+      share=share,
+      dtype=query.dtype,
+    )
+  elif not merged:
     held = min(groups * nodes, kernel.CHUNK)
     outputs = _merge(*(_by_node(x, rows, share, held) for x in outputs), sinks)
   outputs = outputs[:, : groups * nodes].astype(query.dtype)
