@@ -62,6 +62,10 @@ def _check(got, x, stored, norm, residual, gated):
     # Fewer stages than steps, and strips of two tiles.
     (40, 256, 64, {"stages": 2, "rows": 24}, {"normed": True, "added": True}),
     (8, 192, 64, {"stages": 2, "strip": 32}, {"added": True}),
+    # Warpgroups, of which the last has a step fewer.
+    (16, 320, 64, {"warpgroups": 2, "stages": 1}, {"added": True}),
+    (8, 320, 64, {"warpgroups": 3, "stages": 2}, {"normed": True}),
+    (24, 192, 64, {"warpgroups": 2}, {"normed": True, "gated": True}),
     # Rows that are no whole chunk.
     (5, 128, 96, {}, {"normed": True, "gated": True, "added": True}),
   ],
@@ -101,10 +105,13 @@ def test_plans_cover_all_rows_and_fit(count, width, size, parts):
   plan = few_rows.choose_plan(count, size, width, parts)
   assert plan.rows % few_rows.CHUNK == 0
   assert 0 < plan.rows <= few_rows_kernel.ROWS
-  assert 1 <= plan.stages <= width // few_rows.COLUMNS
-  held = few_rows_kernel.ROWS + parts * plan.strip + 1
-  held = 2 * few_rows.COLUMNS * plan.stages * held
-  assert held + 2 * few_rows_kernel.ROWS * plan.strip < 227 * 1024 - 1024
+  slots, steps = plan.warpgroups * plan.stages, width // few_rows.COLUMNS
+  assert 1 <= plan.warpgroups <= min(4, steps)
+  assert 1 <= plan.stages <= -(-steps // plan.warpgroups)
+  rows, strips = few_rows_kernel.ROWS, parts * plan.strip
+  held = 2 * few_rows.COLUMNS * slots * (rows + strips) + 2 * width
+  held += 4 * rows * (plan.warpgroups - 1) * (strips + 1)
+  assert held + 2 * rows * plan.strip < 227 * 1024 - 1024
 
 
 @needs_kernels

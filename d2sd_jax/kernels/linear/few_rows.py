@@ -31,13 +31,15 @@ class Plan:
   Attributes:
     strip: rows of each part of the stored matrix to a block, a multiple of 16.
     rows: rows of `x` to a block, a multiple of `CHUNK`, at most 64.
-    stages: steps whose operands are in shared memory at once.
+    warpgroups: they take turns with the columns.
+    stages: of each, steps whose operands are in shared memory at once.
     registers: whether normed rows go to the tensor cores from registers, as
       they should, or through shared memory, as Pallas' interpreter needs it.
   """
 
   strip: int
   rows: int
+  warpgroups: int
   stages: int
   registers: bool = True
 
@@ -136,15 +138,23 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
     width: columns of `x`.
     parts: 2 if gated, else 1.
   """
-  strip = 16
+  steps, tiles = width // COLUMNS, -(-count // 64)
+  # More blocks than multiprocessors would take turns.
+  strip = 16 if size // 16 * tiles <= hopper.MULTIPROCESSORS else 32
   chunks = -(-count // CHUNK)
   # Each block reads its rows whole: the fewer, the sooner.
   enough = hopper.MULTIPROCESSORS // (size // strip)
-  tiles = max(-(-count // 64), min(chunks, enough))
+  tiles = max(tiles, min(chunks, enough))
   rows = -(-chunks // tiles) * CHUNK
+  # A step takes longer than its bytes.
+  warpgroups = max(1, min(4, steps // 4))
   step = COLUMNS * 2 * (64 + parts * strip)
   # Of shared memory, a little is for the rest and for the system.
-  room = hopper.SHARED_MEMORY - 4096 - 64 * strip * 2 - width * 2
+  left = (warpgroups - 1) * 64 * 4 * (parts * strip + 1)
+  room = hopper.SHARED_MEMORY - 4096 - 64 * strip * 2 - width * 2 - left
   return Plan(
-    strip=strip, rows=rows, stages=min(width // COLUMNS, room // step)
+    strip=strip,
+    rows=rows,
+    warpgroups=warpgroups,
+    stages=min(-(-steps // warpgroups), room // step // warpgroups),
   )

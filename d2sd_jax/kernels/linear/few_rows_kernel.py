@@ -1,9 +1,10 @@
 """The kernel of `few_rows`, in Pallas Mosaic GPU.
 
-A block has some rows of `x` and a strip of the matrix, and is one warpgroup. It
-sends for as many steps of both as shared memory holds before it waits for the
-first. The norm's factor is one number a row, so it is applied to the sums; the
-squares are summed from the rows that are there for the product anyway.
+A block has some rows of `x` and a strip of the matrix. Its warpgroups take
+turns with their columns, and the first adds up what they found. Each sends for
+as many of its steps as shared memory holds before it waits for the first. The
+norm's factor is one number a row, so it is applied to the sums; the squares are
+summed from the rows that are there for the product anyway.
 """
 
 import functools
@@ -21,19 +22,25 @@ from d2sd_jax.typing import Array, Float
 # A wgmma takes 64 rows; those past the block's own are nobody's.
 ROWS = 64
 _TILE = plgpu.Layout.WGMMA
-_COLUMN = _TILE.reduce(0)
+_COLUMN, _ROW = _TILE.reduce(0), _TILE.reduce(1)
 
 
 class _Scratch(NamedTuple):
-  """Shared memory of a block, and its barriers."""
+  """Shared memory of a block, and its barriers.
+
+  Of `x`, `matrix`, `ready`, `sums` and `squares` each warpgroup has its own.
+  """
 
   x: Any
   matrix: Any
   norm: Any
   out: Any
+  sums: Any
+  squares: Any
   ready: Any
   norm_ready: Any
   out_ready: Any
+  summed: Any
 
 
 # All layers of a model share one lowering this way; each takes 0.3 s.
@@ -74,7 +81,7 @@ def multiply(
     scratch_types=_scratch(plan, x.dtype, parts, norm),
     grid=(size // plan.strip, pl.cdiv(count, plan.rows)),
     grid_names=("strip", "tile"),
-    num_threads=1,
+    num_threads=plan.warpgroups,
     thread_name="warpgroup",
     # A row lies within a warp: its sums need no shared memory. Barriers before
     # each copy, which Pallas would set, are one for all where a slot is filled
@@ -100,14 +107,18 @@ def _scratch(plan, dtype, parts, norm):
   barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
+  slots, others = plan.warpgroups * plan.stages, max(plan.warpgroups - 1, 1)
   return _Scratch(
-    x=tiles(plan.stages, ROWS, COLUMNS),
-    matrix=tiles(plan.stages, parts, plan.strip, COLUMNS),
+    x=tiles(slots, ROWS, COLUMNS),
+    matrix=tiles(slots, parts, plan.strip, COLUMNS),
     norm=None if norm is None else plgpu.SMEM(norm.shape, dtype),
     out=tiles(ROWS, plan.strip),
-    ready=barriers(plan.stages, 2),
+    sums=plgpu.SMEM((others, parts, ROWS, plan.strip), jnp.float32),
+    squares=plgpu.SMEM((others, ROWS), jnp.float32),
+    ready=barriers(slots, 2),
     norm_ready=barriers(1),
     out_ready=barriers(1),
+    summed=barriers(1, others),
   )
 
 
@@ -117,7 +128,21 @@ def _block(*refs, names, plan, eps):
   out, *scratch = refs[len(names) :]
   block = _Block(given, out, _Scratch(*scratch), plan)
   block.fetch()
-  block.write(block.sums(eps))
+  sums, squares = block.multiply()
+  warpgroup, summed = block.warpgroup, block.scratch.summed
+  if plan.warpgroups == 1:
+    block.write(block.normed(sums, squares, eps))
+    return
+
+  @pl.when(warpgroup > 0)
+  def _leave():
+    block.leave(sums, squares)
+    plgpu.barrier_arrive(summed)
+
+  @pl.when(warpgroup == 0)
+  def _write():
+    plgpu.barrier_wait(summed)
+    block.write(block.normed(*block.gather(sums, squares), eps))
 
 
 class _Block:
@@ -127,28 +152,38 @@ class _Block:
     self.x, self.stored = given["x"], given["stored"]
     self.norm, self.residual = given.get("norm"), given.get("residual")
     self.out, self.scratch, self.plan = out, scratch, plan
-    self.steps = self.x.shape[1] // COLUMNS
+    self.warpgroup = lax.axis_index("warpgroup")
+    steps, count = self.x.shape[1] // COLUMNS, plan.warpgroups
+    # The first has as many steps as any.
+    self.most_steps = pl.cdiv(steps, count)
+    self.steps = lax.div(steps - self.warpgroup + count - 1, jnp.int32(count))
     self.first = lax.axis_index("tile") * plan.rows
     self.rows = pl.ds(self.first, plan.rows)
     self.strip = pl.ds(lax.axis_index("strip") * plan.strip, plan.strip)
 
   def fetch(self):
     """Sends for all that needs no other to be done with."""
+    scratch, first = self.scratch, self.warpgroup == 0
     if self.norm is not None:
-      plgpu.copy_gmem_to_smem(
-        self.norm, self.scratch.norm, self.scratch.norm_ready
-      )
-    for step in range(self.plan.stages):
-      self._load(step)
-    if self.residual is not None:
-      plgpu.copy_gmem_to_smem(
-        self.residual.at[self.rows, self.strip],
-        self.scratch.out.at[pl.ds(0, self.plan.rows)],
-        self.scratch.out_ready,
-      )
 
-  def sums(self, eps):
-    """The float32 products of each part, of normed rows if there is a norm."""
+      @pl.when(first)
+      def _norm():
+        plgpu.copy_gmem_to_smem(self.norm, scratch.norm, scratch.norm_ready)
+
+    for step in range(self.plan.stages):
+      pl.when(step < self.steps)(functools.partial(self._load, step))
+    if self.residual is not None:
+
+      @pl.when(first)
+      def _residual():
+        plgpu.copy_gmem_to_smem(
+          self.residual.at[self.rows, self.strip],
+          scratch.out.at[pl.ds(0, self.plan.rows)],
+          scratch.out_ready,
+        )
+
+  def multiply(self):
+    """Float32 products of each part over own columns, and the rows' squares."""
     shape, normed = (ROWS, self.plan.strip), self.norm is not None
     if normed:
       plgpu.barrier_wait(self.scratch.norm_ready)
@@ -157,17 +192,42 @@ class _Block:
       zero = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), _TILE)
       step = functools.partial(self._step, sums)
       squares = lax.fori_loop(0, self.steps, step, zero if normed else ())
-      sums = [s[...] for s in sums]
-      if not normed:
-        return sums
+      plgpu.wgmma_wait(0)
       # Along a row in the end alone: that takes shuffles.
-      mean = squares.sum(axis=1) / self.x.shape[1]
-      factor = lax.broadcast_in_dim(lax.rsqrt(mean + eps), shape, [0])
-      return [s * factor for s in sums]
+      return [s[...] for s in sums], squares.sum(axis=1) if normed else None
 
     parts = self.stored.shape[0]
     accumulators = [plgpu.ACC(shape, jnp.float32) for _ in range(parts)]
     return pl.run_scoped(add, *accumulators)
+
+  def leave(self, sums, squares):
+    """Puts what `multiply` found where `gather` finds it."""
+    own = self.warpgroup - 1
+    for i, part in enumerate(sums):
+      self.scratch.sums[own, i] = part
+    if squares is not None:
+      self.scratch.squares[own] = squares
+
+  def gather(self, sums, squares):
+    """What all warpgroups found, their own among it."""
+    load = functools.partial(plgpu.load, optimized=False)
+    for other in range(self.plan.warpgroups - 1):
+      shared = [self.scratch.sums.at[other, i] for i in range(len(sums))]
+      shared = [load(ref, layout=_TILE) for ref in shared]
+      sums = [a + b for a, b in zip(sums, shared, strict=True)]
+      if squares is not None:
+        left = self.scratch.squares.at[other]
+        squares = squares + load(left, layout=_ROW)
+    return sums, squares
+
+  def normed(self, sums, squares, eps):
+    """Sums times the norm's factor of their rows, if there is a norm."""
+    if squares is None:
+      return sums
+    shape = ROWS, self.plan.strip
+    factor = lax.rsqrt(squares / self.x.shape[1] + eps)
+    factor = lax.broadcast_in_dim(factor, shape, [0])
+    return [s * factor for s in sums]
 
   def write(self, sums):
     """Gates the product, adds to it and writes it."""
@@ -194,10 +254,18 @@ class _Block:
     # The kernel's end waits for the writes themselves.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+  def _columns(self, step):
+    """Which 64 columns an own step is about."""
+    return step * self.plan.warpgroups + self.warpgroup
+
+  def _slot(self, step):
+    stages = self.plan.stages
+    return self.warpgroup * stages + lax.rem(jnp.int32(step), jnp.int32(stages))
+
   def _load(self, step):
     """Sends for the operands of a step."""
-    slot = lax.rem(jnp.int32(step), jnp.int32(self.plan.stages))
-    at, ready = pl.ds(step * COLUMNS, COLUMNS), self.scratch.ready.at[slot]
+    slot, at = self._slot(step), pl.ds(self._columns(step) * COLUMNS, COLUMNS)
+    ready = self.scratch.ready.at[slot]
     plgpu.copy_gmem_to_smem(
       self.x.at[self.rows, at],
       self.scratch.x.at[slot, pl.ds(0, self.plan.rows)],
@@ -209,22 +277,25 @@ class _Block:
 
   def _step(self, sums, step, squares):
     """Adds the product of 64 columns."""
-    slot = lax.rem(step, jnp.int32(self.plan.stages))
+    slot = self._slot(step)
     plgpu.barrier_wait(self.scratch.ready.at[slot])
     x = self.scratch.x.at[slot]
     if self.norm is not None:
-      x, squares = self._weigh(x, step, squares)
+      x, squares = self._weigh(x, self._columns(step), squares)
     for i, part in enumerate(sums):
       matrix = self.scratch.matrix.at[slot, i].transpose((1, 0))
       plgpu.wgmma(part, x, matrix)
-    plgpu.wgmma_wait(0)
-    if self.steps > self.plan.stages:
+    # Rows in registers must stay there until they have been read.
+    behind = 0 if self.norm is not None else 1
+    plgpu.wgmma_wait(behind * len(sums))
+    if self.most_steps > self.plan.stages:
+      done = step - behind
 
-      @pl.when(step + self.plan.stages < self.steps)
+      @pl.when((done >= 0) & (done + self.plan.stages < self.steps))
       def _next():
         # All warps are done with the slot.
         plgpu.commit_smem()
-        self._load(step + self.plan.stages)
+        self._load(done + self.plan.stages)
 
     return squares
 
