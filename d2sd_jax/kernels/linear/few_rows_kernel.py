@@ -285,8 +285,9 @@ class _Block:
     for i, part in enumerate(sums):
       matrix = self.scratch.matrix.at[slot, i].transpose((1, 0))
       plgpu.wgmma(part, x, matrix)
-    # Rows in registers must stay there until they have been read.
-    behind = 0 if self.norm is not None else 1
+    # Rows in registers must stay there until they have been read; and a slot
+    # that is waited for must not be one that is still to be filled.
+    behind = 0 if self.norm is not None or self.plan.stages == 1 else 1
     plgpu.wgmma_wait(behind * len(sums))
     if self.most_steps > self.plan.stages:
       done = step - behind
