@@ -3,9 +3,8 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from products import EPS, check, operands
 
 from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.linear import few_rows, linear
@@ -15,41 +14,6 @@ from d2sd_jax.kernels.transposed import Transposed
 needs_kernels = pytest.mark.skipif(
   not hopper.has_kernels(), reason="needs jax 0.11 or newer"
 )
-EPS = 0.25
-
-
-def _operands(count, width, size, *, normed, gated, added):
-  """x, the stored matrix, a norm and a residual, or `None` for these."""
-  rng = np.random.default_rng(count)
-  draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.bfloat16)
-  out = size // 2 if gated else size
-  return (
-    *(draw(1, count, width), 0.1 * draw(size, width)),
-    draw(width) if normed else None,
-    draw(1, count, out) if added else None,
-  )
-
-
-def _check(got, x, stored, norm, residual, gated):
-  """Compares with float64."""
-  x, stored, norm, residual = (
-    None if a is None else np.asarray(a, np.float64)
-    for a in (x, stored, norm, residual)
-  )
-  if norm is not None:
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
-  exact = x @ stored.T
-  if gated:
-    gate, up = np.split(exact, 2, axis=-1)
-    exact = gate / (1 + np.exp(-gate)) * up
-  exact = exact if residual is None else exact + residual
-  assert got.dtype == jnp.bfloat16
-  assert got.shape == exact.shape
-  tolerance = 2**-7
-  largest = np.abs(exact).max()
-  np.testing.assert_allclose(
-    np.float64(got), exact, tolerance, tolerance * largest
-  )
 
 
 @needs_kernels
@@ -75,8 +39,8 @@ def test_the_kernel(capsys, count, width, size, plan, around):
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   around = {"normed": False, "gated": False, "added": False} | around
-  operands = _operands(count, width, size, **around)
-  x, stored, norm, residual = operands
+  given = operands(count, width, size, **around)
+  x, stored, norm, residual = given
   gated = around["gated"]
   chosen = few_rows.choose_plan(
     count, size // (2 if gated else 1), width, 2 if gated else 1
@@ -86,7 +50,7 @@ def test_the_kernel(capsys, count, width, size, plan, around):
     plan=dataclasses.replace(chosen, registers=False, **plan),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
-  _check(got, *operands, gated)
+  check(got, *given, gated)
   # Races are told, no more.
   assert "RACE" not in capsys.readouterr().out
 
@@ -127,7 +91,7 @@ def test_plans_cover_all_rows_and_fit(count, width, size, parts):
 def test_it_lowers_for_cuda(around):
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    _operands(72, 1536, 96, **around),
+    operands(72, 1536, 96, **around),
   )
   run = jax.jit(
     lambda x, w, n, r: few_rows.linear(x, w, n, EPS, around["gated"], r)
@@ -153,12 +117,12 @@ def test_it_lowers_for_cuda(around):
 )
 def test_on_a_gpu(count, width, size, around):
   around = {"normed": False, "gated": False, "added": False} | around
-  operands = _operands(count, width, size, **around)
-  x, stored, norm, residual = operands
+  given = operands(count, width, size, **around)
+  x, stored, norm, residual = given
   got = linear(
     *(x, Transposed(stored=stored)),
     **{"norm": norm, "eps": EPS, "residual": residual},
     gated=around["gated"],
     implementation="few_rows",
   )
-  _check(got, *operands, around["gated"])
+  check(got, *given, around["gated"])

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.dot import matmul
-from d2sd_jax.kernels.linear import few_rows, lone_row
+from d2sd_jax.kernels.linear import few_rows, lone_row, streamed
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
 # Kernels of our own; the others' products are XLA's.
-_KERNELS: dict[str, Any] = {"lone_row": lone_row, "few_rows": few_rows}
+_KERNELS: dict[str, Any] = {
+  "lone_row": lone_row,
+  "few_rows": few_rows,
+  "streamed": streamed,
+}
 IMPLEMENTATIONS = (*_KERNELS, "xla")
 
 

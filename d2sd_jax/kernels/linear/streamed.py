@@ -1,0 +1,158 @@
+"""A few rows times a large matrix on Hopper: the matrix is streamed once.
+
+For drafts and verification of models whose weights bind. XLA splits such
+products among blocks and sums the parts in another kernel, and another one
+gates them; `streamed_kernel` does it in one. The norm goes before: its weights
+would have to be in shared memory, where wgmma reads the rows.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from d2sd_jax.kernels import hopper
+from d2sd_jax.kernels.linear import few_rows
+from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
+from d2sd_jax.typing import Array, Float
+
+MOST_ROWS = few_rows.MOST_ROWS
+CHUNK = 8
+# Rows of the matrix that a wgmma takes.
+TILE = 64
+# Accumulators of a thread: tiles times rows of x, at most.
+_MOST_SUMS = 320
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How the work is cut.
+
+  Attributes:
+    blocks: of a cluster; they share a strip of as many tiles, each the columns
+      of one of them.
+    columns: of a step, a multiple of 64.
+    stages: steps whose operands are in shared memory at once.
+  """
+
+  blocks: int
+  columns: int
+  stages: int
+
+
+def why_not(x: Array, matrix: Array | Transposed) -> str | None:
+  """What the kernel asks for that is not so, or `None`.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  if not hopper.runs_here():
+    return "an NVIDIA GPU of compute capability 9.x, and jax 0.11 or newer"
+  if not isinstance(matrix, Transposed):
+    return "a matrix stored [out, in]"
+  if isinstance(matrix.stored, QuantizedMatrix):
+    return "a matrix that is not quantized"
+  if {x.dtype.name, matrix.stored.dtype.name} - set(few_rows.DTYPES):
+    return f"rows and a matrix of {', '.join(few_rows.DTYPES)}"
+  if not 0 < x.size <= MOST_ROWS * x.shape[-1]:
+    return f"1 to {MOST_ROWS} rows"
+  # Halves of a gated product are tiles, too.
+  if x.shape[-1] % 64 or matrix.stored.shape[0] % (2 * TILE):
+    return f"rows of 64 times any, and a multiple of {2 * TILE} of them stored"
+  return None
+
+
+def wins(x: Array, matrix: Array | Transposed) -> bool:
+  """Whether this is the default: for two rows and more, where it can run.
+
+  Args:
+    x: as for `api.linear`.
+    matrix: as for `api.linear`.
+  """
+  if why_not(x, matrix) is not None:
+    return False
+  large = matrix.stored.size > few_rows.MOST_ELEMENTS  # type: ignore[union-attr]
+  return large and x.size > x.shape[-1]
+
+
+def linear(
+  x: Float[Array, "... D"],
+  stored: Float[Array, "out D"],
+  norm: Float[Array, " D"] | None = None,
+  eps: float = 0.0,
+  gated: bool = False,
+  residual: Float[Array, "... out"] | None = None,
+  *,
+  plan: Plan | None = None,
+  interpret: object = None,
+) -> Float[Array, "... out"]:
+  """See `api.linear`.
+
+  Args:
+    x: at most `MOST_ROWS` rows.
+    stored: the matrix, transposed.
+    norm: see there.
+    eps: see there.
+    gated: see there.
+    residual: see there.
+    plan: `None` chooses one by the shapes.
+    interpret: `InterpretGPUParams` runs the kernel on a CPU, in clusters of one
+      block.
+
+  Returns:
+    As many rows, in `x`'s dtype.
+  """
+  from d2sd_jax.kernels.linear import streamed_kernel
+  from d2sd_jax.kernels.linear.api import rms_norm
+
+  x = x if norm is None else rms_norm(x, norm, eps)
+  parts, width = 2 if gated else 1, x.shape[-1]
+  size, count = stored.shape[0] // parts, x.size // width
+  padded = -(-count // CHUNK) * CHUNK
+  plan = plan or choose_plan(padded, size, width, parts)
+
+  def rows(array, width):
+    array = array.astype(x.dtype).reshape(count, width)
+    return jnp.pad(array, ((0, padded - count), (0, 0)))
+
+  out = streamed_kernel.multiply(
+    rows(x, width),
+    stored.reshape(parts, size, width),
+    None if residual is None else rows(residual, size),
+    plan,
+    interpret=interpret,
+  )
+  return out[:count].reshape(*x.shape[:-1], size)
+
+
+def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
+  """The plan for operands of these sizes on a whole H100 or H200.
+
+  Args:
+    count: rows of `x`, in whole chunks.
+    size: columns of the result.
+    width: columns of `x`.
+    parts: 2 if gated, else 1.
+  """
+
+  def fits(blocks):
+    return (
+      blocks * parts * count <= _MOST_SUMS
+      and size % (blocks * TILE) == 0
+      and width % (blocks * 64) == 0
+    )
+
+  blocks = next(n for n in (4, 2, 1) if n == 1 or fits(n))
+  # Of few bytes a step takes longer than they do.
+  few = blocks * parts * TILE < 256 and width % (blocks * 128) == 0
+  columns = 128 if few else 64
+  step = columns * 2 * (blocks * parts * TILE + count)
+  # Of shared memory, a little is for the rest and for the system.
+  left = (blocks - 1) * parts * TILE * count * 4 + count * TILE * 2
+  stages = (hopper.SHARED_MEMORY - 4096 - left) // step
+  return Plan(
+    blocks=blocks,
+    columns=columns,
+    stages=min(stages, width // (blocks * columns)),
+  )

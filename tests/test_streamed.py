@@ -1,0 +1,116 @@
+"""A few rows times a large matrix on Hopper: interpreted, lowered, on a GPU."""
+
+import jax
+import pytest
+from products import EPS, check, operands
+
+from d2sd_jax.kernels import hopper
+from d2sd_jax.kernels.linear import linear, streamed
+from d2sd_jax.kernels.transposed import Transposed
+
+# Pallas's GPU interpreter came with jax 0.11, and that wants Python 3.12.
+needs_kernels = pytest.mark.skipif(
+  not hopper.has_kernels(), reason="needs jax 0.11 or newer"
+)
+AROUND = {"normed": False, "gated": False, "added": False}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("count", "width", "size", "columns", "stages", "around"),
+  [
+    (16, 128, 64, 64, 1, {}),
+    # Fewer stages than steps, and rows that are no whole chunk.
+    (21, 384, 128, 64, 2, {"normed": True, "gated": True}),
+    (8, 384, 128, 128, 2, {"added": True}),
+  ],
+)
+def test_one_block(capsys, count, width, size, columns, stages, around):
+  """Clusters of several are beyond the interpreter; see `test_on_a_gpu`."""
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  around = AROUND | around
+  given = operands(count, width, size, **around)
+  x, stored, norm, residual = given
+  got = streamed.linear(
+    *(x, stored, norm, EPS, around["gated"], residual),
+    plan=streamed.Plan(blocks=1, columns=columns, stages=stages),
+    interpret=plgpu.InterpretGPUParams(detect_races=True),
+  )
+  check(got, *given, around["gated"])
+  # Races are told, no more.
+  assert "RACE" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [8, 16, 64, 72, 80, 128])
+@pytest.mark.parametrize(
+  ("size", "width", "parts"),
+  [
+    *[(6144, 4096, 1), (4096, 4096, 1), (12_288, 4096, 2), (4096, 12_288, 1)],
+    *[(4096, 20_480, 1), (10_240, 5120, 1), (25_600, 5120, 2), (64, 576, 1)],
+  ],
+)
+def test_plans_cover_all_and_fit(count, size, width, parts):
+  plan = streamed.choose_plan(count, size, width, parts)
+  assert size % (plan.blocks * streamed.TILE) == 0
+  assert width % (plan.blocks * plan.columns) == 0
+  assert 1 <= plan.stages <= width // (plan.blocks * plan.columns)
+  # A thread has 255 registers.
+  assert plan.blocks * parts * count // 2 <= 160
+  tiles = plan.blocks * parts * streamed.TILE
+  held = 2 * plan.columns * plan.stages * (tiles + count)
+  held += 4 * (tiles - parts * streamed.TILE) * count
+  assert held + 2 * count * streamed.TILE < 227 * 1024 - 1024
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+  ("size", "around"),
+  [
+    (24_576, {"normed": True, "gated": True}),
+    (4096, {"added": True}),
+  ],
+)
+def test_it_lowers_for_cuda(size, around):
+  around = AROUND | around
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    jax.eval_shape(lambda: operands(80, 4096, size, **around)),
+  )
+  run = jax.jit(
+    lambda x, w, n, r: streamed.linear(x, w, n, EPS, around["gated"], r)
+  )
+  lowered = run.trace(*shapes).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu_v2" in lowered.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [2, 13, 16, 64, 72, 80, 128])
+@pytest.mark.parametrize(
+  ("width", "size", "around"),
+  [
+    # Qwen3-8B's four products.
+    (4096, 6144, {"normed": True}),
+    (4096, 4096, {"added": True}),
+    (4096, 24_576, {"normed": True, "gated": True}),
+    (12_288, 4096, {"added": True}),
+  ],
+)
+@pytest.mark.parametrize("blocks", [None, 1, 2])
+def test_on_a_gpu(count, width, size, around, blocks):
+  around = AROUND | around
+  given = operands(count, width, size, **around)
+  x, stored, norm, residual = given
+  if blocks is None:
+    got = linear(
+      *(x, Transposed(stored=stored)),
+      **{"norm": norm, "eps": EPS, "residual": residual},
+      gated=around["gated"],
+      implementation="streamed",
+    )
+  else:
+    got = streamed.linear(
+      *(x, stored, norm, EPS, around["gated"], residual),
+      plan=streamed.Plan(blocks=blocks, columns=64, stages=3),
+    )
+  check(got, *given, around["gated"])
