@@ -1,4 +1,4 @@
-"""Products of rows with norm, gate and residual sum, and what they should be."""
+"""Products of rows, with norm, gate and residual, and what they should be."""
 
 import jax.numpy as jnp
 import numpy as np
