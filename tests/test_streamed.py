@@ -38,7 +38,7 @@ def test_one_block(capsys, count, width, size, columns, stages, around):
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   check(got, *given, around["gated"])
-  # Races are told, no more.
+  # Races are told, no more; waits for wgmmas are up to `test_on_a_gpu`.
   assert "RACE" not in capsys.readouterr().out
 
 

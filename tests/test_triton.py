@@ -210,8 +210,10 @@ def test_programs_tell_their_kernels():
     %b = f32[1] custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
 metadata={op_name="jit(f)/while/body/lone_row/pallas_call"}
     %c = f32[1] fusion(%x), metadata={op_name="jit(f)/merge/pallas_call"}
+    %d = f32[1] custom-call(%x), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/jit(multiply)/few_rows/mpmd_map"}
   """
-  assert _custom_calls(hlo) == ("__cublas$gemm", "lone_row")
+  assert _custom_calls(hlo) == ("__cublas$gemm", "few_rows", "lone_row")
 
 
 def test_when_a_lone_node_is_attended_so():

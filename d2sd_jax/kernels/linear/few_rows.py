@@ -20,8 +20,9 @@ MOST_ROWS = 128
 MOST_ELEMENTS = 2**22
 # Rows of `x` move by eight, as tiles of shared memory do.
 CHUNK = 8
-# Columns of a step.
+# Columns of a step. The copy of a norm takes no more than 256 times as many.
 COLUMNS = 64
+MOST_COLUMNS = 256 * COLUMNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Plan:
   Attributes:
     strip: rows of each part of the stored matrix to a block, a multiple of 16.
     rows: rows of `x` to a block, a multiple of `CHUNK`, at most 64.
-    warpgroups: they take turns with the columns.
-    stages: of each, steps whose operands are in shared memory at once.
+    warpgroups: they take turns with the columns, and their sums are added.
+    stages: steps of a warpgroup whose operands are in shared memory at once.
     registers: whether normed rows go to the tensor cores from registers, as
       they should, or through shared memory, as Pallas' interpreter needs it.
   """
@@ -61,9 +62,11 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
     return f"rows and a matrix of {', '.join(DTYPES)}"
   if not 0 < x.size <= MOST_ROWS * x.shape[-1]:
     return f"1 to {MOST_ROWS} rows"
+  if x.shape[-1] % COLUMNS or x.shape[-1] > MOST_COLUMNS:
+    return f"rows of a multiple of {COLUMNS}, at most {MOST_COLUMNS}"
   # Halves of a gated product are strips, too.
-  if x.shape[-1] % COLUMNS or matrix.stored.shape[0] % 32:
-    return f"rows of {COLUMNS} times any, and a multiple of 32 of them stored"
+  if matrix.stored.shape[0] % 32:
+    return "a matrix stored as a multiple of 32 rows"
   return None
 
 
@@ -96,10 +99,10 @@ def linear(
   Args:
     x: at most `MOST_ROWS` rows.
     stored: the matrix, transposed.
-    norm: see there.
+    norm: see there; rounded to `x`'s dtype.
     eps: see there.
     gated: see there.
-    residual: see there.
+    residual: see there; rounded to `x`'s dtype.
     plan: `None` chooses one by the shapes.
     interpret: `InterpretGPUParams` runs the kernel on a CPU.
 
@@ -109,6 +112,8 @@ def linear(
   parts, width = 2 if gated else 1, x.shape[-1]
   size, count = stored.shape[0] // parts, x.size // width
   plan = plan or choose_plan(count, size, width, parts)
+  if interpret is not None:
+    plan = dataclasses.replace(plan, registers=False)
 
   def lying(array, *shape):
     return None if array is None else array.astype(x.dtype).reshape(shape)
@@ -140,7 +145,8 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
   """
   steps, tiles = width // COLUMNS, -(-count // 64)
   # More blocks than multiprocessors would take turns.
-  strip = 16 if size // 16 * tiles <= hopper.MULTIPROCESSORS else 32
+  many = size // 16 * tiles > hopper.MULTIPROCESSORS
+  strip = 32 if many and size % 32 == 0 else 16
   chunks = -(-count // CHUNK)
   # Each block reads its rows whole: the fewer, the sooner.
   enough = hopper.MULTIPROCESSORS // (size // strip)

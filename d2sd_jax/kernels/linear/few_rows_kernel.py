@@ -10,6 +10,7 @@ summed from the rows that are there for the product anyway.
 import functools
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -70,6 +71,7 @@ def multiply(
     As many rows, in `x`'s dtype.
   """
   count, (parts, size, _) = len(x), stored.shape
+  chex.assert_is_divisible(size, plan.strip)
   if norm is not None:
     # A copy takes no more than 256 along an axis.
     norm = norm.reshape(-1, COLUMNS)
@@ -107,18 +109,19 @@ def _scratch(plan, dtype, parts, norm):
   barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
-  slots, others = plan.warpgroups * plan.stages, max(plan.warpgroups - 1, 1)
+  slots, others = plan.warpgroups * plan.stages, plan.warpgroups - 1
+  floats = lambda *shape: plgpu.SMEM(shape, jnp.float32)
   return _Scratch(
     x=tiles(slots, ROWS, COLUMNS),
     matrix=tiles(slots, parts, plan.strip, COLUMNS),
     norm=None if norm is None else plgpu.SMEM(norm.shape, dtype),
     out=tiles(ROWS, plan.strip),
-    sums=plgpu.SMEM((others, parts, ROWS, plan.strip), jnp.float32),
-    squares=plgpu.SMEM((others, ROWS), jnp.float32),
+    sums=floats(others, parts, ROWS, plan.strip) if others else None,
+    squares=floats(others, ROWS) if others else None,
     ready=barriers(slots, 2),
     norm_ready=barriers(1),
     out_ready=barriers(1),
-    summed=barriers(1, others),
+    summed=barriers(1, others) if others else None,
   )
 
 
