@@ -34,7 +34,7 @@ def test_one_block(capsys, count, width, size, columns, stages, around):
   x, stored, norm, residual = given
   got = streamed.linear(
     *(x, stored, norm, EPS, around["gated"], residual),
-    plan=streamed.Plan(blocks=1, columns=columns, stages=stages),
+    plan=streamed.Plan(tiles=1, halves=1, columns=columns, stages=stages),
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   check(got, *given, around["gated"])
@@ -52,15 +52,21 @@ def test_one_block(capsys, count, width, size, columns, stages, around):
 )
 def test_plans_cover_all_and_fit(count, size, width, parts):
   plan = streamed.choose_plan(count, size, width, parts)
-  assert size % (plan.blocks * streamed.TILE) == 0
+  # As many as may be in a cluster anywhere.
+  assert plan.blocks <= 8
+  assert size % (plan.tiles * streamed.TILE) == 0
   assert width % (plan.blocks * plan.columns) == 0
   assert 1 <= plan.stages <= width // (plan.blocks * plan.columns)
   # A thread has 255 registers.
-  assert plan.blocks * parts * count // 2 <= 160
-  tiles = plan.blocks * parts * streamed.TILE
-  held = 2 * plan.columns * plan.stages * (tiles + count)
-  held += 4 * (tiles - parts * streamed.TILE) * count
-  assert held + 2 * count * streamed.TILE < 227 * 1024 - 1024
+  assert plan.tiles * parts * count // 2 <= 160
+  sizes = streamed.half_sizes(count, plan.halves)
+  assert len(sizes) == plan.halves
+  assert sum(sizes) == count
+  assert all(0 < n <= sizes[0] and n % streamed.CHUNK == 0 for n in sizes)
+  strip = plan.tiles * parts * streamed.TILE
+  held = 2 * plan.columns * plan.stages * (strip + count)
+  held += 4 * (plan.blocks - 1) * parts * streamed.TILE * sizes[0]
+  assert held + 2 * sizes[0] * streamed.TILE < 227 * 1024 - 1024
 
 
 @needs_kernels
@@ -96,12 +102,12 @@ def test_it_lowers_for_cuda(size, around):
     (12_288, 4096, {"added": True}),
   ],
 )
-@pytest.mark.parametrize("blocks", [None, 1, 2])
-def test_on_a_gpu(count, width, size, around, blocks):
+@pytest.mark.parametrize("cut", [None, (1, 1), (2, 1), (1, 2)])
+def test_on_a_gpu(count, width, size, around, cut):
   around = AROUND | around
   given = operands(count, width, size, **around)
   x, stored, norm, residual = given
-  if blocks is None:
+  if cut is None or (count <= streamed.CHUNK and cut[1] == 2):
     got = linear(
       *(x, Transposed(stored=stored)),
       **{"norm": norm, "eps": EPS, "residual": residual},
@@ -111,6 +117,6 @@ def test_on_a_gpu(count, width, size, around, blocks):
   else:
     got = streamed.linear(
       *(x, stored, norm, EPS, around["gated"], residual),
-      plan=streamed.Plan(blocks=blocks, columns=64, stages=3),
+      plan=streamed.Plan(tiles=cut[0], halves=cut[1], columns=64, stages=3),
     )
   check(got, *given, around["gated"])

@@ -29,15 +29,21 @@ class Plan:
   """How the work is cut.
 
   Attributes:
-    blocks: of a cluster; they share a strip of as many tiles, each the columns
-      of one of them.
+    tiles: of a strip, which a cluster of blocks shares.
+    halves: 2 if two blocks finish a tile, each of them half of `x`'s rows.
     columns: of a step, a multiple of 64.
     stages: steps whose operands are in shared memory at once.
   """
 
-  blocks: int
+  tiles: int
+  halves: int
   columns: int
   stages: int
+
+  @property
+  def blocks(self) -> int:
+    """Of a cluster: each has its share of the matrix's columns."""
+    return self.tiles * self.halves
 
 
 def why_not(x: Array, matrix: Array | Transposed) -> str | None:
@@ -136,23 +142,30 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
     parts: 2 if gated, else 1.
   """
 
-  def fits(blocks):
+  def fits(tiles):
     return (
-      blocks * parts * count <= _MOST_SUMS
-      and size % (blocks * TILE) == 0
-      and width % (blocks * 64) == 0
+      tiles * parts * count <= _MOST_SUMS
+      and size % (tiles * TILE) == 0
+      and width % (tiles * 64) == 0
     )
 
-  blocks = next(n for n in (4, 2, 1) if n == 1 or fits(n))
+  tiles = next(n for n in (4, 2, 1) if n == 1 or fits(n))
+  # So many multiprocessors do not draw all that the memory gives.
+  idle = 2 * (size // TILE) <= hopper.MULTIPROCESSORS
+  halves = 2 if idle and count > CHUNK and width % (tiles * 128) == 0 else 1
   # Of few bytes a step takes longer than they do.
-  few = blocks * parts * TILE < 256 and width % (blocks * 128) == 0
-  columns = 128 if few else 64
-  step = columns * 2 * (blocks * parts * TILE + count)
+  few = tiles * parts * TILE < 256 and width % (tiles * halves * 128) == 0
+  plan = Plan(tiles=tiles, halves=halves, columns=128 if few else 64, stages=1)
+  step = plan.columns * 2 * (tiles * parts * TILE + count)
   # Of shared memory, a little is for the rest and for the system.
-  left = (blocks - 1) * parts * TILE * count * 4 + count * TILE * 2
+  left = (plan.blocks - 1) * parts * 4 + 2
+  left *= TILE * half_sizes(count, halves)[0]
   stages = (hopper.SHARED_MEMORY - 4096 - left) // step
-  return Plan(
-    blocks=blocks,
-    columns=columns,
-    stages=min(stages, width // (blocks * columns)),
-  )
+  most = width // (plan.blocks * plan.columns)
+  return dataclasses.replace(plan, stages=min(stages, most))
+
+
+def half_sizes(count: int, halves: int) -> list[int]:
+  """Rows of `x` in each of them: whole chunks, the first no fewer."""
+  first = -(-count // (halves * CHUNK)) * CHUNK
+  return [first, count - first][:halves]

@@ -1,10 +1,11 @@
 """The kernel of `streamed`, in Pallas Mosaic GPU.
 
 The 64 rows that a wgmma takes are the matrix's, so few rows of `x` waste
-nothing. The blocks of a cluster share a strip of the matrix, a tile of 64 rows
-for each of them. Each multiplies all of the strip, for its own share of the
-columns, so that it reads no more than that share of `x`; then it sends the
-others what they miss of their own tiles, and finishes its own.
+nothing. The blocks of a cluster share a strip of the matrix: tiles of 64 rows,
+one for each block or for two, which then have half of `x`'s rows each. A block
+multiplies all of the strip by all of `x`, for its own share of the columns, so
+that it reads no more of `x` than that; then it sends the others what they miss
+of their own part, and finishes its own.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from d2sd_jax.kernels.linear.streamed import TILE, Plan
+from d2sd_jax.kernels.linear.streamed import TILE, Plan, half_sizes
 from d2sd_jax.typing import Array, Float
 
 _TILE = plgpu.Layout.WGMMA
@@ -65,7 +66,7 @@ def multiply(
     functools.partial(_block, names=names, plan=plan),
     out_type=jax.ShapeDtypeStruct((count, size), x.dtype),
     scratch_types=_scratch(plan, x.dtype, count, parts),
-    grid=(size // (plan.blocks * TILE),),
+    grid=(size // (plan.tiles * TILE),),
     grid_names=("strip",),
     **_cluster(plan),
     num_threads=1,
@@ -98,13 +99,13 @@ def _scratch(plan, dtype, count, parts):
   barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
-  others = plan.blocks - 1
+  others, half = plan.blocks - 1, half_sizes(count, plan.halves)[0]
   return _Scratch(
     x=tiles(dtype, plan.stages, count, plan.columns),
-    matrix=tiles(dtype, plan.stages, plan.blocks, parts, TILE, plan.columns),
-    out=tiles(dtype, count, TILE),
-    sums=tiles(jnp.float32, others, parts, TILE, count) if others else None,
-    ready=barriers(plan.stages, 1 + plan.blocks),
+    matrix=tiles(dtype, plan.stages, plan.tiles, parts, TILE, plan.columns),
+    out=tiles(dtype, half, TILE),
+    sums=tiles(jnp.float32, others, parts, TILE, half) if others else None,
+    ready=barriers(plan.stages, 1 + plan.tiles),
     out_ready=barriers(1),
     sums_ready=barriers(1, others * parts) if others else None,
   )
@@ -116,54 +117,90 @@ def _block(*refs, names, plan):
   out, *scratch = refs[len(names) :]
   block = _Block(given, out, _Scratch(*scratch), plan)
   block.fetch()
-  pl.run_scoped(block.finish, block.accumulators())
+  sums = block.multiply()
+  for half in range(plan.halves):
+    pl.when(block.half == half)(functools.partial(block.finish, sums, half))
 
 
 class _Block:
-  """A share of a strip's columns, and then one of its tiles."""
+  """A share of a strip's columns, and then one of its tiles, or half of it."""
 
   def __init__(self, given, out, scratch, plan):
     self.x, self.stored = given["x"], given["stored"]
     self.residual = given.get("residual")
     self.out, self.scratch, self.plan = out, scratch, plan
+    self.parts = self.stored.shape[0]
     self.steps = self.x.shape[1] // (plan.columns * plan.blocks)
     self.own = jnp.int32(0) if plan.blocks == 1 else lax.axis_index("block")
-
-  def accumulators(self):
-    """Of the block's own tile, of the next block's, and so on."""
-    shape = TILE, self.x.shape[0]
-    return [
-      [plgpu.ACC(shape, jnp.float32) for _ in range(self.stored.shape[0])]
-      for _ in range(self.plan.blocks)
-    ]
+    self.tile = lax.div(self.own, jnp.int32(plan.halves))
+    self.half = lax.rem(self.own, jnp.int32(plan.halves))
+    first, *_ = self.sizes = half_sizes(self.x.shape[0], plan.halves)
+    self.firsts = [0, first]
 
   def fetch(self):
     """Sends for all that needs no other to be done with."""
     for step in range(self.plan.stages):
       self._load(step)
     if self.residual is not None:
-      plgpu.copy_gmem_to_smem(
-        self.residual.at[:, self._rows(0)],
-        self.scratch.out,
-        self.scratch.out_ready,
-      )
+      for half in range(self.plan.halves):
+        pl.when(self.half == half)(functools.partial(self._load_residual, half))
 
-  def finish(self, sums):
-    """Multiplies, sends, and writes the own tile."""
-    lax.fori_loop(0, self.steps, functools.partial(self._step, sums), None)
-    plgpu.wgmma_wait(0)
-    own, *others = [[part[...] for part in tile] for tile in sums]
-    self._send(others)
-    self._write(self._receive(own))
+  def multiply(self):
+    """The own tile's sums over own columns, the next tile's, and so on.
 
-  def _block_of(self, turn):
-    """Which block's tile comes at a turn; the own one is first."""
-    return lax.rem(self.own + turn, jnp.int32(self.plan.blocks))
+    Each is a list of parts, float32 [TILE, R].
+    """
+    shape = TILE, self.x.shape[0]
+
+    def add(sums):
+      lax.fori_loop(0, self.steps, functools.partial(self._step, sums), None)
+      plgpu.wgmma_wait(0)
+      return [[part[...] for part in tile] for tile in sums]
+
+    return pl.run_scoped(
+      add,
+      [
+        [plgpu.ACC(shape, jnp.float32) for _ in range(self.parts)]
+        for _ in range(self.plan.tiles)
+      ],
+    )
+
+  def finish(self, sums, half):
+    """Sends what others miss, and writes the own half of the own tile."""
+    own = [self._of(part, half) for part in sums[0]]
+    for turn, tile in enumerate(sums):
+      for other in range(self.plan.halves):
+        if (turn, other) != (0, half):
+          self._send(tile, turn, half, other)
+    self._write(self._receive(own, half), half)
+
+  def _tile_at(self, turn):
+    """Which of the strip's tiles comes at a turn; the own one is first."""
+    return lax.rem(self.tile + turn, jnp.int32(self.plan.tiles))
 
   def _rows(self, turn):
     """The matrix's rows of that tile."""
-    first = lax.axis_index("strip") * self.plan.blocks
-    return pl.ds((first + self._block_of(turn)) * TILE, TILE)
+    first = lax.axis_index("strip") * self.plan.tiles
+    return pl.ds((first + self._tile_at(turn)) * TILE, TILE)
+
+  def _of(self, x, half):
+    """A half's rows of `x`, which are columns here."""
+    first = self.firsts[half]
+    return x[:, first : first + self.sizes[half]]
+
+  def _shared(self, half):
+    """Where the result is put together."""
+    return self.scratch.out.at[pl.ds(0, self.sizes[half])]
+
+  def _at(self, array, half):
+    """The part of the result, or of the residual, that is the block's own."""
+    rows = pl.ds(self.firsts[half], self.sizes[half])
+    return array.at[rows, self._rows(0)]
+
+  def _load_residual(self, half):
+    plgpu.copy_gmem_to_smem(
+      self._at(self.residual, half), self._shared(half), self.scratch.out_ready
+    )
 
   def _load(self, step):
     """Sends for the operands of a step."""
@@ -171,7 +208,7 @@ class _Block:
     # The blocks of a cluster read side by side.
     first = (step * self.plan.blocks + self.own) * self.plan.columns
     at, ready = pl.ds(first, self.plan.columns), self.scratch.ready.at[slot]
-    for turn in range(self.plan.blocks):
+    for turn in range(self.plan.tiles):
       plgpu.copy_gmem_to_smem(
         self.stored.at[:, self._rows(turn), at],
         self.scratch.matrix.at[slot, turn],
@@ -187,9 +224,10 @@ class _Block:
     for turn, tile in enumerate(sums):
       for i, part in enumerate(tile):
         plgpu.wgmma(part, self.scratch.matrix.at[slot, turn, i], x)
-    # The products of this step may last while the next one's are sent off.
+    # The products of this step may last while the next one's are sent off; with
+    # one stage the slot that is waited for would be one that is yet to fill.
     behind = min(1, self.plan.stages - 1)
-    plgpu.wgmma_wait(behind * len(sums) * len(sums[0]))
+    plgpu.wgmma_wait(behind * self.plan.tiles * self.parts)
     done = step - behind
 
     @pl.when((done >= 0) & (done + self.plan.stages < self.steps))
@@ -198,43 +236,50 @@ class _Block:
       plgpu.commit_smem()
       self._load(done + self.plan.stages)
 
-  def _send(self, others):
-    """Sends every other block its tile's sums."""
-    for turn, tile in enumerate(others):
-      for i, part in enumerate(tile):
-        plgpu.async_store_smem(
-          part,
-          self.scratch.sums.at[turn, i],
-          self.scratch.sums_ready,
-          cluster_idx=self._block_of(turn + 1),
-          cluster_dim="block",
-        )
+  def _send(self, tile, turn, half, other):
+    """Sends a tile's sums for the other half's rows to the block they are for.
 
-  def _receive(self, own):
-    """The own tile's sums, with what the other blocks sent."""
+    It keeps them by how far away, in tiles and halves, they come from.
+    """
+    slot = turn * self.plan.halves + (half if turn else 0) - (turn > 0)
+    for i, part in enumerate(tile):
+      to = self.scratch.sums.at[slot, i, :, pl.ds(0, self.sizes[other])]
+      plgpu.async_store_smem(
+        self._of(part, other),
+        to,
+        self.scratch.sums_ready,
+        cluster_idx=self._tile_at(turn) * self.plan.halves + other,
+        cluster_dim="block",
+      )
+
+  def _receive(self, own, half):
+    """The own sums, with what all other blocks sent."""
     if self.plan.blocks == 1:
       return own
     plgpu.barrier_wait(self.scratch.sums_ready)
-    for turn in range(self.plan.blocks - 1):
-      own = [
-        part + plgpu.load(self.scratch.sums.at[turn, i], layout=_TILE)
-        for i, part in enumerate(own)
+    for slot in range(self.plan.blocks - 1):
+      left = [
+        self.scratch.sums.at[slot, i, :, pl.ds(0, self.sizes[half])]
+        for i in range(self.parts)
       ]
+      left = [plgpu.load(ref, layout=_TILE) for ref in left]
+      own = [a + b for a, b in zip(own, left, strict=True)]
     return own
 
-  def _write(self, sums):
+  def _write(self, sums, half):
     """Gates the product, adds to it and writes it."""
     result = sums[0]
     if len(sums) == 2:
       result = result / (1.0 + jnp.exp(-result)) * sums[1]
-    shared = self.scratch.out.transpose((1, 0))
+    shared = self._shared(half)
+    turned = shared.transpose((1, 0))
     if self.residual is not None:
       plgpu.barrier_wait(self.scratch.out_ready)
-      added = plgpu.layout_cast(plgpu.load(shared, layout=_TURNED), _TILE)
+      added = plgpu.layout_cast(plgpu.load(turned, layout=_TURNED), _TILE)
       result = result + added.astype(jnp.float32)
       plgpu.commit_smem()
     result = result.astype(self.scratch.out.dtype)
-    shared[...] = plgpu.layout_cast(result, _TURNED)
+    turned[...] = plgpu.layout_cast(result, _TURNED)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(self.scratch.out, self.out.at[:, self._rows(0)])
+    plgpu.copy_smem_to_gmem(shared, self._at(self.out, half))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
