@@ -42,7 +42,7 @@ def test_one_block(capsys, count, width, size, columns, stages, around):
   assert "RACE" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("count", [8, 16, 64, 72, 80, 128])
+@pytest.mark.parametrize("count", [8, 16, 24, 64, 72, 80, 120, 128])
 @pytest.mark.parametrize(
   ("size", "width", "parts"),
   [
@@ -71,17 +71,18 @@ def test_plans_cover_all_and_fit(count, size, width, parts):
 
 @needs_kernels
 @pytest.mark.parametrize(
-  ("size", "around"),
+  ("count", "size", "around"),
   [
-    (24_576, {"normed": True, "gated": True}),
-    (4096, {"added": True}),
+    (80, 24_576, {"normed": True, "gated": True}),
+    # Halves of as many rows, and of 40 and 32, 16 and 8, 64 and 56.
+    *[(count, 4096, {"added": True}) for count in (80, 72, 24, 120)],
   ],
 )
-def test_it_lowers_for_cuda(size, around):
+def test_it_lowers_for_cuda(count, size, around):
   around = AROUND | around
   shapes = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    jax.eval_shape(lambda: operands(80, 4096, size, **around)),
+    jax.eval_shape(lambda: operands(count, 4096, size, **around)),
   )
   run = jax.jit(
     lambda x, w, n, r: streamed.linear(x, w, n, EPS, around["gated"], r)
@@ -91,7 +92,7 @@ def test_it_lowers_for_cuda(size, around):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("count", [2, 13, 16, 64, 72, 80, 128])
+@pytest.mark.parametrize("count", [2, 13, 24, 64, 72, 80, 128])
 @pytest.mark.parametrize(
   ("width", "size", "around"),
   [
@@ -104,6 +105,8 @@ def test_it_lowers_for_cuda(size, around):
 )
 @pytest.mark.parametrize("cut", [None, (1, 1), (2, 1), (1, 2)])
 def test_on_a_gpu(count, width, size, around, cut):
+  if cut == (2, 1) and count == 128 and "gated" in around:
+    pytest.skip("more sums than a thread has registers")
   around = AROUND | around
   given = operands(count, width, size, **around)
   x, stored, norm, residual = given

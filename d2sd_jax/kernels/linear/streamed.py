@@ -153,16 +153,18 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
   # So many multiprocessors do not draw all that the memory gives.
   idle = 2 * (size // TILE) <= hopper.MULTIPROCESSORS
   halves = 2 if idle and count > CHUNK and width % (tiles * 128) == 0 else 1
+  # Of shared memory, a little is for barriers and for the system.
+  left = (tiles * halves - 1) * parts * 4 + 2
+  left = 2048 + left * TILE * half_sizes(count, halves)[0]
   # Of few bytes a step takes longer than they do.
   few = tiles * parts * TILE < 256 and width % (tiles * halves * 128) == 0
-  plan = Plan(tiles=tiles, halves=halves, columns=128 if few else 64, stages=1)
-  step = plan.columns * 2 * (tiles * parts * TILE + count)
-  # Of shared memory, a little is for the rest and for the system.
-  left = (plan.blocks - 1) * parts * 4 + 2
-  left *= TILE * half_sizes(count, halves)[0]
-  stages = (hopper.SHARED_MEMORY - 4096 - left) // step
-  most = width // (plan.blocks * plan.columns)
-  return dataclasses.replace(plan, stages=min(stages, most))
+  for columns in (128, 64) if few else (64,):
+    step = columns * 2 * (tiles * parts * TILE + count)
+    stages = (hopper.SHARED_MEMORY - left) // step
+    stages = min(stages, width // (tiles * halves * columns))
+    if stages >= 3:
+      break
+  return Plan(tiles=tiles, halves=halves, columns=columns, stages=stages)
 
 
 def half_sizes(count: int, halves: int) -> list[int]:

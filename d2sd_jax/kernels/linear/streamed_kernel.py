@@ -9,6 +9,7 @@ of their own part, and finishes its own.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -87,9 +88,9 @@ def _cluster(plan):
 
 
 def _scratch(plan, dtype, count, parts):
-  def tiles(dtype, *shape):
+  def tiles(dtype, *shape, row=None):
     bits = jnp.dtype(dtype).itemsize * 8
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    swizzle = plgpu.find_swizzle((row or shape[-1]) * bits)
     transforms = (
       plgpu.TilingTransform((8, 8 * swizzle // bits)),
       plgpu.SwizzleTransform(swizzle),
@@ -99,12 +100,14 @@ def _scratch(plan, dtype, count, parts):
   barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
-  others, half = plan.blocks - 1, half_sizes(count, plan.halves)[0]
+  others, sizes = plan.blocks - 1, half_sizes(count, plan.halves)
+  sums = others, parts, TILE, sizes[0]
   return _Scratch(
     x=tiles(dtype, plan.stages, count, plan.columns),
     matrix=tiles(dtype, plan.stages, plan.tiles, parts, TILE, plan.columns),
-    out=tiles(dtype, half, TILE),
-    sums=tiles(jnp.float32, others, parts, TILE, half) if others else None,
+    out=tiles(dtype, sizes[0], TILE),
+    # Its tiles fit rows of either half's size.
+    sums=tiles(jnp.float32, *sums, row=math.gcd(*sizes)) if others else None,
     ready=barriers(plan.stages, 1 + plan.tiles),
     out_ready=barriers(1),
     sums_ready=barriers(1, others * parts) if others else None,
@@ -224,9 +227,9 @@ class _Block:
     for turn, tile in enumerate(sums):
       for i, part in enumerate(tile):
         plgpu.wgmma(part, self.scratch.matrix.at[slot, turn, i], x)
-    # The products of this step may last while the next one's are sent off; with
-    # one stage the slot that is waited for would be one that is yet to fill.
-    behind = min(1, self.plan.stages - 1)
+    # The products of this step may last while the next one's are sent off,
+    # where a slot more than that keeps the copies going.
+    behind = 1 if self.plan.stages > 2 else 0
     plgpu.wgmma_wait(behind * self.plan.tiles * self.parts)
     done = step - behind
 
