@@ -4,9 +4,12 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from d2sd_jax.training.optimizer import in_stacks, make_optimizer
 from d2sd_jax.training.train_config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # Tall, wide and square matrices, some of one shape, and vectors.
 _SHAPES = {

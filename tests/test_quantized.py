@@ -10,6 +10,8 @@ from d2sd_jax import Models
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _oracle(matrix, summed):
   """Values and scales in float64."""

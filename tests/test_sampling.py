@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from d2sd_jax import Sampling
 from d2sd_jax.sampling import filter_logits, position_noise, sample
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _VOCAB = 37
 _jit_noise = jax.jit(position_noise, static_argnames="width")
 _jit_sample = jax.jit(sample)

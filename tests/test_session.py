@@ -28,6 +28,8 @@ from d2sd_jax.io.tokenizer import TextStream
 from d2sd_jax.kernels import device
 from d2sd_jax.tree import ANCHOR, RE_DRAFT
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TREE = TreeConfig(block_size=5, num_branches=2)
 LIMIT = 17
 _TOLD = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}

@@ -31,6 +31,8 @@ from d2sd_jax.models import experts
 from d2sd_jax.models.cache import append
 from d2sd_jax.models.rope import LinearScaling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _DATA = Path(__file__).parent / "data"
 _TINY = pytest.mark.parametrize(
   "name", ["tiny_qwen3", "tiny_llama", "tiny_llama3", "tiny_gpt_oss"]

@@ -23,6 +23,8 @@ from d2sd_jax.tensor_parallel import (
   two_best,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _AXIS, _DEVICES = "tensor", 3
 # 61 tokens on three devices: two are there to fill the last share up.
 _VOCAB, _WIDTH = 61, 21

@@ -11,6 +11,8 @@ import train
 from d2sd_jax import UsageError, cli, load_drafter
 from d2sd_jax.io.models import read_target_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _CONFIG = """\
 from ml_collections import ConfigDict
 

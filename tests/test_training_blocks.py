@@ -36,6 +36,8 @@ from d2sd_jax.training.step import (
   teacher_of,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _MASK = 99
 
 

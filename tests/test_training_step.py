@@ -21,6 +21,8 @@ from d2sd_jax.training.flops import step_flops
 from d2sd_jax.training.step import eval_step, init_train_state, train_step
 from d2sd_jax.training.train_config import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _CONFIG = TrainConfig(
   corpus="corpus.jsonl",
   heldout="heldout.jsonl",

@@ -14,6 +14,8 @@ from d2sd_jax.kernels.dot import dot_float32, matmul
 from d2sd_jax.kernels.quantized import QuantizedMatrix, quantize
 from d2sd_jax.kernels.transposed import Transposed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _SPEC = "...d,do->...o"
 
 
