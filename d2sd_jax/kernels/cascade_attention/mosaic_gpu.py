@@ -163,6 +163,7 @@ def _attend(plan, interpret, arrays, options):
     merged=merged,
     interpret=interpret,
   )
+  # XLA's merge is for sinks, and for a JAX without Pallas for Triton.
   if not merged and sinks is None and triton.runs_here():
     outputs = merge_triton.merge(
       *outputs,

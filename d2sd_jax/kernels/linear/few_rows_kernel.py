@@ -29,7 +29,8 @@ _COLUMN, _ROW = _TILE.reduce(0), _TILE.reduce(1)
 class _Scratch(NamedTuple):
   """Shared memory of a block, and its barriers.
 
-  Of `x`, `matrix`, `ready`, `sums` and `squares` each warpgroup has its own.
+  Of `x`, `matrix` and `ready` each warpgroup has its own; of `sums` and
+  `squares` each but the first, which reads them.
   """
 
   x: Any
@@ -166,10 +167,10 @@ class _Block:
 
   def fetch(self):
     """Sends for all that needs no other to be done with."""
-    scratch, first = self.scratch, self.warpgroup == 0
+    scratch, leads = self.scratch, self.warpgroup == 0
     if self.norm is not None:
 
-      @pl.when(first)
+      @pl.when(leads)
       def _norm():
         plgpu.copy_gmem_to_smem(self.norm, scratch.norm, scratch.norm_ready)
 
@@ -177,7 +178,7 @@ class _Block:
       pl.when(step < self.steps)(functools.partial(self._load, step))
     if self.residual is not None:
 
-      @pl.when(first)
+      @pl.when(leads)
       def _residual():
         plgpu.copy_gmem_to_smem(
           self.residual.at[self.rows, self.strip],
