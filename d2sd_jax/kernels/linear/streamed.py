@@ -20,8 +20,8 @@ MOST_ROWS = few_rows.MOST_ROWS
 CHUNK = 8
 # Rows of the matrix that a wgmma takes.
 TILE = 64
-# Accumulators of a thread: tiles times rows of x, at most.
-_MOST_SUMS = 320
+# XLA's products are no slower up to so many (Qwen3-8B's shapes, an H200).
+_XLA_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +29,15 @@ class Plan:
   """How the work is cut.
 
   Attributes:
-    tiles: of a strip, which a cluster of blocks shares.
-    halves: 2 if two blocks finish a tile, each of them half of `x`'s rows.
+    halves: 2 if two blocks share a tile of the matrix, half of its columns
+      each; each of them then finishes half of `x`'s rows.
     columns: of a step, a multiple of 64.
     stages: steps whose operands are in shared memory at once.
   """
 
-  tiles: int
   halves: int
   columns: int
   stages: int
-
-  @property
-  def blocks(self) -> int:
-    """Of a cluster: each has its share of the matrix's columns."""
-    return self.tiles * self.halves
 
 
 def why_not(x: Array, matrix: Array | Transposed) -> str | None:
@@ -70,7 +64,11 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
 
 
 def wins(x: Array, matrix: Array | Transposed) -> bool:
-  """Whether this is the default: for two rows and more, where it can run.
+  """Whether this is the default: where it can run and was faster.
+
+  That is for more rows than a block of a draft has, and matrices that are not
+  `few_rows`' but still a tile at most for each multiprocessor: past that some
+  of them wait for the others' second tiles.
 
   Args:
     x: as for `api.linear`.
@@ -78,8 +76,10 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
   """
   if why_not(x, matrix) is not None:
     return False
-  large = matrix.stored.size > few_rows.MOST_ELEMENTS  # type: ignore[union-attr]
-  return large and x.size > x.shape[-1]
+  stored: Array = matrix.stored  # type: ignore[union-attr,assignment]
+  one_wave = stored.shape[0] <= hopper.MULTIPROCESSORS * TILE
+  large = stored.size > few_rows.MOST_ELEMENTS
+  return large and one_wave and x.size > _XLA_ROWS * x.shape[-1]
 
 
 def linear(
@@ -141,30 +141,18 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
     width: columns of `x`.
     parts: 2 if gated, else 1.
   """
-
-  def fits(tiles):
-    return (
-      tiles * parts * count <= _MOST_SUMS
-      and size % (tiles * TILE) == 0
-      and width % (tiles * 64) == 0
-    )
-
-  tiles = next(n for n in (4, 2, 1) if n == 1 or fits(n))
-  # So many multiprocessors do not draw all that the memory gives.
   idle = 2 * (size // TILE) <= hopper.MULTIPROCESSORS
-  halves = 2 if idle and count > CHUNK and width % (tiles * 128) == 0 else 1
+  halves = 2 if idle and count > CHUNK and width % 128 == 0 else 1
   # Of shared memory, a little is for barriers and for the system.
-  left = (tiles * halves - 1) * parts * 4 + 2
-  left = 2048 + left * TILE * half_sizes(count, halves)[0]
-  # Of few bytes a step takes longer than they do.
-  few = tiles * parts * TILE < 256 and width % (tiles * halves * 128) == 0
-  for columns in (128, 64) if few else (64,):
-    step = columns * 2 * (tiles * parts * TILE + count)
+  left = ((halves - 1) * parts * 4 + 2) * TILE * half_sizes(count, halves)[0]
+  left += 2048
+  for columns in (128, 64) if width % (halves * 128) == 0 else (64,):
+    step = columns * 2 * (parts * TILE + count)
     stages = (hopper.SHARED_MEMORY - left) // step
-    stages = min(stages, width // (tiles * halves * columns))
+    stages = min(stages, width // (halves * columns))
     if stages >= 3:
       break
-  return Plan(tiles=tiles, halves=halves, columns=columns, stages=stages)
+  return Plan(halves=halves, columns=columns, stages=stages)
 
 
 def half_sizes(count: int, halves: int) -> list[int]:

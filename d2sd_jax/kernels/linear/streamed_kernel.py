@@ -1,11 +1,9 @@
 """The kernel of `streamed`, in Pallas Mosaic GPU.
 
 The 64 rows that a wgmma takes are the matrix's, so few rows of `x` waste
-nothing. The blocks of a cluster share a strip of the matrix: tiles of 64 rows,
-one for each block or for two, which then have half of `x`'s rows each. A block
-multiplies all of the strip by all of `x`, for its own share of the columns, so
-that it reads no more of `x` than that; then it sends the others what they miss
-of their own part, and finishes its own.
+nothing. A block multiplies a tile of so many rows by all of `x`, or a cluster
+of two does, each block half of the columns: it sends the other what that misses
+of its half of `x`'s rows, and finishes its own.
 """
 
 import functools
@@ -67,8 +65,8 @@ def multiply(
     functools.partial(_block, names=names, plan=plan),
     out_type=jax.ShapeDtypeStruct((count, size), x.dtype),
     scratch_types=_scratch(plan, x.dtype, count, parts),
-    grid=(size // (plan.tiles * TILE),),
-    grid_names=("strip",),
+    grid=(size // TILE,),
+    grid_names=("tile",),
     **_cluster(plan),
     num_threads=1,
     thread_name="warpgroup",
@@ -82,9 +80,9 @@ def multiply(
 
 
 def _cluster(plan):
-  if plan.blocks == 1:
+  if plan.halves == 1:
     return {}
-  return {"cluster": (plan.blocks,), "cluster_names": ("block",)}
+  return {"cluster": (plan.halves,), "cluster_names": ("half",)}
 
 
 def _scratch(plan, dtype, count, parts):
@@ -100,17 +98,18 @@ def _scratch(plan, dtype, count, parts):
   barriers = lambda count, arrivals=1: plgpu.Barrier(
     num_arrivals=arrivals, num_barriers=count
   )
-  others, sizes = plan.blocks - 1, half_sizes(count, plan.halves)
-  sums = others, parts, TILE, sizes[0]
+  shared, sizes = plan.halves > 1, half_sizes(count, plan.halves)
   return _Scratch(
     x=tiles(dtype, plan.stages, count, plan.columns),
-    matrix=tiles(dtype, plan.stages, plan.tiles, parts, TILE, plan.columns),
+    matrix=tiles(dtype, plan.stages, parts, TILE, plan.columns),
     out=tiles(dtype, sizes[0], TILE),
     # Its tiles fit rows of either half's size.
-    sums=tiles(jnp.float32, *sums, row=math.gcd(*sizes)) if others else None,
-    ready=barriers(plan.stages, 1 + plan.tiles),
+    sums=tiles(jnp.float32, parts, TILE, sizes[0], row=math.gcd(*sizes))
+    if shared
+    else None,
+    ready=barriers(plan.stages, 2),
     out_ready=barriers(1),
-    sums_ready=barriers(1, others * parts) if others else None,
+    sums_ready=barriers(1, parts) if shared else None,
   )
 
 
@@ -126,17 +125,16 @@ def _block(*refs, names, plan):
 
 
 class _Block:
-  """A share of a strip's columns, and then one of its tiles, or half of it."""
+  """A tile of the matrix, or half of its columns."""
 
   def __init__(self, given, out, scratch, plan):
     self.x, self.stored = given["x"], given["stored"]
     self.residual = given.get("residual")
     self.out, self.scratch, self.plan = out, scratch, plan
     self.parts = self.stored.shape[0]
-    self.steps = self.x.shape[1] // (plan.columns * plan.blocks)
-    self.own = jnp.int32(0) if plan.blocks == 1 else lax.axis_index("block")
-    self.tile = lax.div(self.own, jnp.int32(plan.halves))
-    self.half = lax.rem(self.own, jnp.int32(plan.halves))
+    self.steps = self.x.shape[1] // (plan.columns * plan.halves)
+    self.half = jnp.int32(0) if plan.halves == 1 else lax.axis_index("half")
+    self.rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
     first, *_ = self.sizes = half_sizes(self.x.shape[0], plan.halves)
     self.firsts = [0, first]
 
@@ -149,42 +147,24 @@ class _Block:
         pl.when(self.half == half)(functools.partial(self._load_residual, half))
 
   def multiply(self):
-    """The own tile's sums over own columns, the next tile's, and so on.
-
-    Each is a list of parts, float32 [TILE, R].
-    """
+    """The tile's sums over own columns: parts, float32 [TILE, R]."""
     shape = TILE, self.x.shape[0]
 
     def add(sums):
       lax.fori_loop(0, self.steps, functools.partial(self._step, sums), None)
       plgpu.wgmma_wait(0)
-      return [[part[...] for part in tile] for tile in sums]
+      return [part[...] for part in sums]
 
-    return pl.run_scoped(
-      add,
-      [
-        [plgpu.ACC(shape, jnp.float32) for _ in range(self.parts)]
-        for _ in range(self.plan.tiles)
-      ],
-    )
+    sums = [plgpu.ACC(shape, jnp.float32) for _ in range(self.parts)]
+    return pl.run_scoped(add, sums)
 
   def finish(self, sums, half):
-    """Sends what others miss, and writes the own half of the own tile."""
-    own = [self._of(part, half) for part in sums[0]]
-    for turn, tile in enumerate(sums):
-      for other in range(self.plan.halves):
-        if (turn, other) != (0, half):
-          self._send(tile, turn, half, other)
-    self._write(self._receive(own, half), half)
-
-  def _tile_at(self, turn):
-    """Which of the strip's tiles comes at a turn; the own one is first."""
-    return lax.rem(self.tile + turn, jnp.int32(self.plan.tiles))
-
-  def _rows(self, turn):
-    """The matrix's rows of that tile."""
-    first = lax.axis_index("strip") * self.plan.tiles
-    return pl.ds((first + self._tile_at(turn)) * TILE, TILE)
+    """Sends what the other half misses, and writes the own rows of `x`."""
+    own = [self._of(part, half) for part in sums]
+    if self.plan.halves > 1:
+      self._send(sums, 1 - half)
+      own = self._receive(own, half)
+    self._write(own, half)
 
   def _of(self, x, half):
     """A half's rows of `x`, which are columns here."""
@@ -197,8 +177,7 @@ class _Block:
 
   def _at(self, array, half):
     """The part of the result, or of the residual, that is the block's own."""
-    rows = pl.ds(self.firsts[half], self.sizes[half])
-    return array.at[rows, self._rows(0)]
+    return array.at[pl.ds(self.firsts[half], self.sizes[half]), self.rows]
 
   def _load_residual(self, half):
     plgpu.copy_gmem_to_smem(
@@ -208,66 +187,53 @@ class _Block:
   def _load(self, step):
     """Sends for the operands of a step."""
     slot = lax.rem(jnp.int32(step), jnp.int32(self.plan.stages))
-    # The blocks of a cluster read side by side.
-    first = (step * self.plan.blocks + self.own) * self.plan.columns
+    # Halves read side by side.
+    first = (step * self.plan.halves + self.half) * self.plan.columns
     at, ready = pl.ds(first, self.plan.columns), self.scratch.ready.at[slot]
-    for turn in range(self.plan.tiles):
-      plgpu.copy_gmem_to_smem(
-        self.stored.at[:, self._rows(turn), at],
-        self.scratch.matrix.at[slot, turn],
-        ready,
-      )
+    plgpu.copy_gmem_to_smem(
+      self.stored.at[:, self.rows, at], self.scratch.matrix.at[slot], ready
+    )
     plgpu.copy_gmem_to_smem(self.x.at[:, at], self.scratch.x.at[slot], ready)
 
   def _step(self, sums, step, _):
     """Adds the product of a step's columns."""
-    slot = lax.rem(step, jnp.int32(self.plan.stages))
+    stages = self.plan.stages
+    slot = lax.rem(step, jnp.int32(stages))
     plgpu.barrier_wait(self.scratch.ready.at[slot])
     x = self.scratch.x.at[slot].transpose((1, 0))
-    for turn, tile in enumerate(sums):
-      for i, part in enumerate(tile):
-        plgpu.wgmma(part, self.scratch.matrix.at[slot, turn, i], x)
+    for i, part in enumerate(sums):
+      plgpu.wgmma(part, self.scratch.matrix.at[slot, i], x)
     # The products of this step may last while the next one's are sent off,
     # where a slot more than that keeps the copies going.
-    behind = 1 if self.plan.stages > 2 else 0
-    plgpu.wgmma_wait(behind * self.plan.tiles * self.parts)
+    behind = 1 if stages > 2 else 0
+    plgpu.wgmma_wait(behind * self.parts)
     done = step - behind
 
-    @pl.when((done >= 0) & (done + self.plan.stages < self.steps))
+    @pl.when((done >= 0) & (done + stages < self.steps))
     def _next():
       # All warps are done with the slot.
       plgpu.commit_smem()
-      self._load(done + self.plan.stages)
+      self._load(done + stages)
 
-  def _send(self, tile, turn, half, other):
-    """Sends a tile's sums for the other half's rows to the block they are for.
-
-    It keeps them by how far away, in tiles and halves, they come from.
-    """
-    slot = turn * self.plan.halves + (half if turn else 0) - (turn > 0)
-    for i, part in enumerate(tile):
-      to = self.scratch.sums.at[slot, i, :, pl.ds(0, self.sizes[other])]
+  def _send(self, sums, other):
+    for i, part in enumerate(sums):
       plgpu.async_store_smem(
         self._of(part, other),
-        to,
+        self.scratch.sums.at[i, :, pl.ds(0, self.sizes[other])],
         self.scratch.sums_ready,
-        cluster_idx=self._tile_at(turn) * self.plan.halves + other,
-        cluster_dim="block",
+        cluster_idx=jnp.int32(other),
+        cluster_dim="half",
       )
 
   def _receive(self, own, half):
-    """The own sums, with what all other blocks sent."""
-    if self.plan.blocks == 1:
-      return own
+    """The own sums, with what the other half sent."""
     plgpu.barrier_wait(self.scratch.sums_ready)
-    for slot in range(self.plan.blocks - 1):
-      left = [
-        self.scratch.sums.at[slot, i, :, pl.ds(0, self.sizes[half])]
-        for i in range(self.parts)
-      ]
-      left = [plgpu.load(ref, layout=_TILE) for ref in left]
-      own = [a + b for a, b in zip(own, left, strict=True)]
-    return own
+    left = [
+      self.scratch.sums.at[i, :, pl.ds(0, self.sizes[half])]
+      for i in range(self.parts)
+    ]
+    left = [plgpu.load(ref, layout=_TILE) for ref in left]
+    return [a + b for a, b in zip(own, left, strict=True)]
 
   def _write(self, sums, half):
     """Gates the product, adds to it and writes it."""
