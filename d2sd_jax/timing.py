@@ -34,8 +34,9 @@ class Timing:
   """Milliseconds of a step.
 
   Attributes:
-    times: of every timed call, divided by its steps.
-    steps: in one timed call.
+    times: of every repeat; see `time_marginally`.
+    steps: how many were timed in each of them.
+    call: milliseconds of a call beside its steps.
     compile_seconds: which are not part of any time.
     custom_calls: names of the kernels in the compiled program.
     collectives: how many exchanges between devices a step has, by their kind.
@@ -43,6 +44,7 @@ class Timing:
 
   times: tuple[float, ...]
   steps: int
+  call: float
   compile_seconds: float
   custom_calls: tuple[str, ...]
   collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -61,6 +63,7 @@ class Timing:
       "most_ms": max(self.times),
       "repeats": len(self.times),
       "steps": self.steps,
+      "call_ms": self.call,
       "compile_seconds": self.compile_seconds,
       "custom_calls": list(self.custom_calls),
       **(exchanged if self.collectives else {}),
@@ -91,6 +94,35 @@ class Timing:
       )
 
 
+def time_marginally(
+  call: Callable[[int], float], *, repeats: int, seconds: float
+) -> tuple[tuple[float, ...], int, float]:
+  """Seconds of a step, as what more steps add to a call of one.
+
+  A call costs something before its first step: on a GPU some milliseconds, in
+  which its CUDA graphs are made ready. Divided among a call's steps, that would
+  be a part of each, and more of it the fewer they are.
+
+  Args:
+    call: runs so many steps, one or more, and returns the seconds they took.
+    repeats: pairs of calls.
+    seconds: about how much more the longer one of a pair takes.
+
+  Returns:
+    Seconds of a step for each pair, the steps that the longer call has more,
+    and the seconds of a call beside its steps.
+  """
+  call(1)
+  steps = 1
+  while (gained := call(1 + steps) - call(1)) <= seconds / 4:
+    steps *= 4
+  steps = max(1, math.ceil(steps * seconds / gained))
+  pairs = [(call(1), call(1 + steps)) for _ in range(repeats)]
+  times = tuple((long - short) / steps for short, long in pairs)
+  short = statistics.median(short for short, _ in pairs)
+  return times, steps, short - statistics.median(times)
+
+
 def time_step(
   step: Step,
   models: Any,
@@ -105,16 +137,15 @@ def time_step(
   """Times `step`, called again and again on its own result.
 
   Carry and inputs pass a barrier before every step, so that XLA can neither
-  take work out of the loop nor leave any out. Two calls go before the first
-  timed one.
+  take work out of the loop nor leave any out.
 
   Args:
     step: `(models, carry, inputs) -> carry`.
     models: weights, the same in every step, as in a decode loop.
     carry: what the first step gets; donated.
     inputs: what all steps get.
-    repeats: timed calls.
-    seconds: about how long each of them lasts.
+    repeats: see `time_marginally`.
+    seconds: see there.
     mesh: on whose devices the whole loop runs in one `shard_map`; `step` then
       gets each device's part. `None` is one device.
     specs: `PartitionSpec`s of models, carry and inputs on the mesh.
@@ -148,12 +179,12 @@ def time_step(
     return time.perf_counter() - start
 
   jax.block_until_ready((models, carry, inputs))
-  call(1)
-  steps = max(1, math.ceil(seconds / call(1)))
+  times, steps, beside = time_marginally(call, repeats=repeats, seconds=seconds)
   hlo = program.as_text() or ""
   return Timing(
-    times=tuple(1e3 * call(steps) / steps for _ in range(repeats)),
+    times=tuple(1e3 * time for time in times),
     steps=steps,
+    call=1e3 * beside,
     compile_seconds=compile_seconds,
     custom_calls=_custom_calls(hlo),
     collectives=Counter(_COLLECTIVES.findall(hlo)),

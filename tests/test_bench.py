@@ -103,7 +103,11 @@ def test_time_limit_leaves_rows_for_later(tmp_path, capsys):
 
 def test_a_silent_fallback_is_a_failure():
   ran = timing.Timing(
-    times=(1.0,), steps=1, compile_seconds=1.0, custom_calls=("TopK",)
+    times=(1.0,),
+    steps=1,
+    call=0.5,
+    compile_seconds=1.0,
+    custom_calls=("TopK",),
   )
   ran.check_ran({"target": "xla"})
   with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
@@ -129,10 +133,24 @@ def test_steps_depend_on_each_other():
     seconds=0,
   )
   jax.effects_barrier()
-  # Two untimed calls, two timed ones, of a step each.
-  assert sorted(seen) == [0, 6, 12, 18]
-  assert timed.steps == 1
+  # Every step goes on where the one before ended, also those of other calls.
+  assert sorted(seen) == [6.0 * i for i in range(len(seen))]
   assert len(timed.times) == 2
+
+
+def test_what_a_call_costs_is_no_part_of_its_steps():
+  calls = []
+
+  def call(steps):
+    calls.append(steps)
+    return 5 + steps / 4
+
+  times, steps, beside = timing.time_marginally(call, repeats=3, seconds=3)
+  assert times == (0.25,) * 3
+  assert beside == 5
+  # A quarter of `seconds` tells how many steps are `seconds`.
+  assert steps == 12
+  assert calls == [1, *[2, 1, 5, 1], *[1, 13] * 3]
 
 
 def test_floors_by_hand(config):

@@ -31,6 +31,7 @@ from d2sd_jax.kernels.cascade_attention import (
   mosaic_gpu,
 )
 from d2sd_jax.kernels.device import compiler_options
+from d2sd_jax.timing import time_marginally
 from d2sd_jax.typing import Array
 
 PROGRAM = "-m d2sd_jax.kernels.cascade_attention.bench"
@@ -190,8 +191,8 @@ def measure(
     attend: takes the op's arrays and `prefix_end`.
     shape: sizes.
     dtype: of the operands.
-    repeats: timed calls, after two that are not.
-    seconds: about how long each of them lasts.
+    repeats: see `time_marginally`.
+    seconds: see there.
 
   Returns:
     Microseconds: `median_us`, `least_us`, `most_us`; `max_error`; `sets` of
@@ -220,9 +221,8 @@ def measure(
     return time.perf_counter() - start
 
   timed(1)  # Compiles.
-  count = max(1, math.ceil(seconds / timed(1)))
-  times = [timed(count) for _ in range(repeats)]
-  each = [1e6 * t / (count * len(sets)) for t in times]
+  times, *_ = time_marginally(timed, repeats=repeats, seconds=seconds)
+  each = [1e6 * time / len(sets) for time in times]
   return {
     "median_us": statistics.median(each),
     "least_us": min(each),

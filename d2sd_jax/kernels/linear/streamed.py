@@ -76,7 +76,7 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
   """
   if why_not(x, matrix) is not None:
     return False
-  stored: Array = matrix.stored  # type: ignore[union-attr,assignment]
+  stored: Array = matrix.stored  # type: ignore[union-attr]
   one_wave = stored.shape[0] <= hopper.MULTIPROCESSORS * TILE
   large = stored.size > few_rows.MOST_ELEMENTS
   return large and one_wave and x.size > _XLA_ROWS * x.shape[-1]
