@@ -109,8 +109,8 @@ def time_marginally(
     seconds: about how much more the longer one of a pair takes.
 
   Returns:
-    Seconds of a step for each pair, the steps that the longer call has more,
-    and the seconds of a call beside its steps.
+    Seconds of a step for each longer call, over the median of those of one
+    step; the steps that it has more; the seconds of a call beside its steps.
   """
   call(1)
   steps = 1
@@ -118,9 +118,9 @@ def time_marginally(
     steps *= 4
   steps = max(1, math.ceil(steps * seconds / gained))
   pairs = [(call(1), call(1 + steps)) for _ in range(repeats)]
-  times = tuple((long - short) / steps for short, long in pairs)
-  short = statistics.median(short for short, _ in pairs)
-  return times, steps, short - statistics.median(times)
+  one = statistics.median(short for short, _ in pairs)
+  times = tuple((long - one) / steps for _, long in pairs)
+  return times, steps, one - statistics.median(times)
 
 
 def time_step(

@@ -148,7 +148,7 @@ def _measure(
     for size in sizes:
       progress(f"{name} of {size}")
       timing = time_step(*make(size), repeats=_REPEATS, seconds=_SECONDS)
-      found[size] = min(timing.times)
+      found[size] = timing.median
     return found
 
   lengths = jnp.full((batch,), capacity // 2, jnp.int32)
