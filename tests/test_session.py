@@ -33,6 +33,10 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TREE = TreeConfig(block_size=5, num_branches=2)
 LIMIT = 17
 _TOLD = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+_TOLD_SEVERAL = {
+  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+  "DYNAMIC_SLICE_FUSION,COLLECTIVES"
+}
 # Pairwise different lengths; the last batch of two has one row to spare.
 PROMPTS = ((3, 9, 4), (60, 1, 2, 33, 7, 5, 11), (8, 40, 21, 6, 13))
 REQUESTS = [Request(sequence_id=i, tokens=p) for i, p in enumerate(PROMPTS)]
@@ -60,7 +64,9 @@ class FakeTokenizer:
   [
     ("gpu", True, "", _TOLD),
     ("gpu", True, "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE", {}),
-    ("gpu", False, "", {}),
+    ("gpu", False, "", _TOLD_SEVERAL),
+    ("gpu", False, "--xla_gpu_enable_command_buffer=+COLLECTIVES", {}),
+    ("cpu", False, "", {}),
     ("tpu", True, "", {}),
     ("cpu", True, "", {}),
   ],
@@ -72,12 +78,21 @@ def test_what_xla_is_told(monkeypatch, platform, one_device, flags, expected):
   assert device.compiler_options(one_device=one_device) == expected
 
 
+def test_several_processes_are_told_nothing(monkeypatch):
+  there = types.SimpleNamespace(platform="gpu")
+  monkeypatch.setattr(device, "target_device", lambda: there)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  assert device.compiler_options(one_device=False) == {}
+  assert device.compiler_options(one_device=True) == _TOLD
+
+
 def test_xla_knows_what_it_is_told():
   # It refuses names and values that it does not know, whatever the device.
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
-  assert lowered.compile(compiler_options=_TOLD)(1.0) == 2.0
-  with pytest.raises(Exception, match="not a valid enum"):
-    lowered.compile(compiler_options=dict.fromkeys(_TOLD, "ANYHOW"))
+  for told in (_TOLD, _TOLD_SEVERAL):
+    assert lowered.compile(compiler_options=told)(1.0) == 2.0
+    with pytest.raises(Exception, match="not a valid enum"):
+      lowered.compile(compiler_options=dict.fromkeys(told, "ANYHOW"))
 
 
 def _time_a_step():
