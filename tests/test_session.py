@@ -244,8 +244,12 @@ def test_the_batch_does_not_matter():
   assert [a.batch_rows for a in singly] == [1, 1, 1]
 
 
-def test_streaming_gives_the_same_in_steps():
+@pytest.mark.parametrize("seconds", [0, 1e9])
+def test_streaming_gives_the_same_in_steps(monkeypatch, seconds):
+  monkeypatch.setattr(session_module, "STREAM_SECONDS", seconds)
   session = make_session("d2sd", batch_size=1)
+  run, calls = session._generate, []
+  session._generate = lambda *given: calls.append(given) or run(*given)
   for request, whole in zip(REQUESTS, decode_all("d2sd", 1), strict=True):
     steps = []
     on_step = lambda tokens, origins: steps.append((tokens, origins))  # noqa: B023
@@ -256,6 +260,10 @@ def test_streaming_gives_the_same_in_steps():
     pushed = itertools.chain.from_iterable(tokens for tokens, _ in steps)
     assert list(pushed) == whole.tokens
     assert [len(t) for t, _ in steps] == [1, *whole.accepted_per_cycle]
+    # A call for each cycle, or for 1, 2, 4, ... of them.
+    cycles = len(whole.accepted_per_cycle)
+    assert len(calls) == (cycles.bit_length() if seconds else cycles)
+    calls.clear()
 
 
 @pytest.mark.parametrize("trace", [False, True])
