@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from d2sd_jax.decoding.placement import WHOLE, spread
+from d2sd_jax.errors import require
 from d2sd_jax.kernels.device import compiler_options
 
 # Takes models, what the step before returned, and inputs that stay.
@@ -94,6 +95,11 @@ class Timing:
       )
 
 
+def check_seconds(seconds: float) -> None:
+  """A `UsageError` unless `time_marginally` can take so long."""
+  require(0 < seconds <= 60, "seconds", seconds, "above 0, and 60 at most")
+
+
 def time_marginally(
   call: Callable[[int], float], *, repeats: int, seconds: float
 ) -> tuple[tuple[float, ...], int, float]:
@@ -105,8 +111,8 @@ def time_marginally(
 
   Args:
     call: runs so many steps, one or more, and returns the seconds they took.
-    repeats: pairs of calls.
-    seconds: about how much more the longer one of a pair takes.
+    repeats: calls of one step, and as many of more.
+    seconds: about how much longer the latter take, half of it at least.
 
   Returns:
     Seconds of a step for each longer call, over the median of those of one
@@ -114,12 +120,16 @@ def time_marginally(
   """
   call(1)
   steps = 1
-  while (gained := call(1 + steps) - call(1)) <= seconds / 4:
-    steps *= 4
-  steps = max(1, math.ceil(steps * seconds / gained))
-  pairs = [(call(1), call(1 + steps)) for _ in range(repeats)]
-  one = statistics.median(short for short, _ in pairs)
-  times = tuple((long - one) / steps for _, long in pairs)
+  while True:
+    pairs = [(call(1), call(1 + steps)) for _ in range(repeats)]
+    one = statistics.median(short for short, _ in pairs)
+    gains = [long - one for _, long in pairs]
+    # A call that was held up says nothing of how many steps are enough.
+    if min(gains) >= seconds / 2:
+      break
+    wanted = seconds / max(min(gains), seconds / 8)
+    steps = math.ceil(steps * wanted)
+  times = tuple(gain / steps for gain in gains)
   return times, steps, one - statistics.median(times)
 
 

@@ -130,7 +130,7 @@ def test_steps_depend_on_each_other():
   timed = timing.time_step(
     *(record, jnp.float32(2), jnp.float32(0), jnp.float32(3)),
     repeats=2,
-    seconds=0,
+    seconds=1e-3,
   )
   jax.effects_barrier()
   # Every step goes on where the one before ended, also those of other calls.
@@ -143,14 +143,15 @@ def test_what_a_call_costs_is_no_part_of_its_steps():
 
   def call(steps):
     calls.append(steps)
-    return 5 + steps / 4
+    # The third is held up.
+    return 5 + steps / 4 + 9 * (len(calls) == 3)
 
   times, steps, beside = timing.time_marginally(call, repeats=3, seconds=3)
   assert times == (0.25,) * 3
   assert beside == 5
-  # A quarter of `seconds` tells how many steps are `seconds`.
-  assert steps == 12
-  assert calls == [1, *[2, 1, 5, 1], *[1, 13] * 3]
+  # Eight times as many at most, until they take half of `seconds` or more.
+  assert steps == 8
+  assert calls == [1, *[1, 2] * 3, *[1, 9] * 3]
 
 
 def test_floors_by_hand(config):

@@ -1,6 +1,7 @@
 """A few rows times a large matrix on Hopper: interpreted, lowered, on a GPU."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from products import EPS, check, operands
 
@@ -23,6 +24,8 @@ AROUND = {"normed": False, "gated": False, "added": False}
     # Fewer stages than steps, and rows that are no whole chunk.
     (21, 384, 128, 64, 2, {"normed": True, "gated": True}),
     (8, 384, 128, 128, 2, {"added": True}),
+    # Stages enough for products that last into the next step.
+    (16, 384, 64, 64, 3, {"gated": False, "added": True}),
   ],
 )
 def test_one_block(capsys, count, width, size, columns, stages, around):
@@ -63,6 +66,26 @@ def test_plans_cover_all_and_fit(count, size, width, parts):
   held = 2 * plan.columns * plan.stages * (parts * streamed.TILE + count)
   held += 4 * (plan.halves - 1) * parts * streamed.TILE * sizes[0]
   assert held + 2 * sizes[0] * streamed.TILE < 227 * 1024 - 1024
+
+
+@pytest.mark.parametrize(
+  ("count", "width", "size", "wins"),
+  [
+    # Qwen3-8B's four products and head.
+    *[(72, 4096, 6144, True), (72, 4096, 4096, True), (72, 12_288, 4096, True)],
+    *[(72, 4096, 24_576, False), (72, 4096, 151_936, False)],
+    # A draft's rows, too many rows, a matrix of `few_rows`, q/k/v's fourth.
+    *[(16, 4096, 6144, False), (129, 4096, 6144, False)],
+    *[(72, 1024, 4096, False), (72, 4096, 1536, False)],
+  ],
+)
+def test_where_it_is_the_default(monkeypatch, count, width, size, wins):
+  monkeypatch.setattr(hopper, "runs_here", lambda: True)
+  bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  matrix = Transposed(stored=bf16(size, width))
+  assert streamed.wins(bf16(1, count, width), matrix) == wins
+  reason = streamed.why_not(bf16(1, count, width), matrix)
+  assert (reason is None) == (count <= 128)
 
 
 @needs_kernels

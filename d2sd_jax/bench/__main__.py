@@ -137,6 +137,8 @@ def _identity(config: BenchConfig) -> dict[str, Any]:
   return {
     "device": jax.devices()[0].device_kind,
     "versions": versions(),
+    # Rows without it hold part of what a call costs beside its steps.
+    "timing": "marginal",
     # They may choose other kernels, such as those of sums over devices.
     "xla_flags": os.environ.get("XLA_FLAGS", ""),
     **({"compiler_options": options} if options else {}),

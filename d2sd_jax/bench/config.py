@@ -15,6 +15,7 @@ from d2sd_jax.config import (
 from d2sd_jax.errors import require, require_at_least
 from d2sd_jax.sharding import DATA, DECODING_AXES, TENSOR, parse_mesh
 from d2sd_jax.tensor_parallel import check_split
+from d2sd_jax.timing import check_seconds
 
 _SIZES = (
   *("vocab_size", "hidden_size", "intermediate_size", "num_layers"),
@@ -40,7 +41,7 @@ class BenchConfig:
     op_shapes, op_implementations: see
       `d2sd_jax.kernels.cascade_attention.bench`.
     repeats: timed calls of a row; its median counts.
-    seconds: about how long each of them lasts.
+    seconds: about how long their steps last (`d2sd_jax.timing`).
     copy_megabytes, gemm_size: of the arrays that measure the device's rates.
     out: the results file.
   """
@@ -92,6 +93,7 @@ class BenchConfig:
       value = getattr(self, field)
       names = ", ".join(name for name in known if name)
       require(value in known, field, value, f"one of {names}")
+    check_seconds(self.seconds)
     self._check_mesh()
 
   def _check_mesh(self):

@@ -125,10 +125,11 @@ def _key(models: Models, batch: int, capacity: int) -> str:
 
 
 def _sources() -> list[Path]:
-  """The kernels' and the models' code: a table is of the code it timed."""
+  """What was timed, and how: a table is of that code."""
   package = Path(__file__).parents[1]
   folders = (package / name for name in ("kernels", "models"))
-  return sorted(path for folder in folders for path in folder.rglob("*.py"))
+  timed = sorted(path for folder in folders for path in folder.rglob("*.py"))
+  return [*timed, package / "timing.py", Path(__file__)]
 
 
 def _shapes(model: Any) -> str:

@@ -5,10 +5,11 @@ import copy
 import dataclasses
 import functools
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -32,8 +33,8 @@ from d2sd_jax.sampling import Sampling
 from d2sd_jax.sharding import DATA
 
 SMALLEST_BUCKET = 64
-# Streamed cycles go together until they last so long: a call costs some
-# milliseconds beside them, four times what a cycle on a GPU takes.
+# Streamed cycles go together until they last half of it: a call costs some
+# milliseconds beside them, where a cycle of a small target takes one.
 STREAM_SECONDS = 0.1
 _T = TypeVar("_T")
 _prefill = jax.jit(prefill, static_argnames="capacity")
@@ -181,9 +182,9 @@ class Session:
 
     Args:
       requests: at most `batch_size` of them; the other rows are idle.
-      on_step: called for prefill and for every cycle in turn, between the
-        timed spans, for one cycle or, where they are short, for as many as
-        last `STREAM_SECONDS`; for a single request.
+      on_step: called for prefill and then once for every cycle, between the
+        timed spans: after each of them or, where they are short, after several
+        (`STREAM_SECONDS`); for a single request.
 
     Returns:
       One answer per request.
@@ -191,6 +192,8 @@ class Session:
     state, prefill_seconds = self.start(requests)
     limit = 1 if on_step else self._max_new_tokens
     decode_seconds, told = 0.0, 0
+    # By their own clocks processes would not run the same programs.
+    alone = jax.process_count() == 1
 
     while True:
       rows = _read(state, requests)
@@ -207,7 +210,7 @@ class Session:
       )
       state, seconds = timed(step)
       decode_seconds += seconds
-      if on_step and seconds < STREAM_SECONDS / 2:
+      if on_step and alone and seconds < STREAM_SECONDS / 2:
         limit *= 2
 
     return [
@@ -349,16 +352,21 @@ def interruptible(call: Callable[[], _T]) -> _T:
   Python hears nothing while XLA compiles or computes. After an interrupt the
   call goes on unheard: leave with `cli.exit_with`, which does not wait.
   """
-  future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+  # Not a future, whose lock an interrupt can leave in disorder.
+  ended: queue.SimpleQueue[tuple[_T | None, BaseException | None]]
+  ended = queue.SimpleQueue()
 
   def work():
     try:
-      future.set_result(call())
+      ended.put((call(), None))
     except BaseException as error:
-      future.set_exception(error)
+      ended.put((None, error))
 
   threading.Thread(target=work, daemon=True).start()
-  return future.result()
+  result, error = ended.get()
+  if error is not None:
+    raise error
+  return cast(_T, result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,8 @@ def compiler_options(*, one_device: bool) -> dict[str, Any]:
 
   On one GPU, that kernels of a CUDA graph that do not need each other may
   overlap: a cycle of small kernels takes 5 % less. On several of one process,
-  that their messages are part of the graphs: a step on four takes an eighth
-  less (docs/performance.md). Said otherwise in `XLA_FLAGS`, that holds.
+  that their messages are part of the graphs. (docs/performance.md has both.)
+  Said otherwise in `XLA_FLAGS`, that holds.
 
   Args:
     one_device: whether the program is of one device alone.

@@ -31,7 +31,7 @@ from d2sd_jax.kernels.cascade_attention import (
   mosaic_gpu,
 )
 from d2sd_jax.kernels.device import compiler_options
-from d2sd_jax.timing import time_marginally
+from d2sd_jax.timing import check_seconds, time_marginally
 from d2sd_jax.typing import Array
 
 PROGRAM = "-m d2sd_jax.kernels.cascade_attention.bench"
@@ -45,7 +45,7 @@ EXAMPLES = f"""\
 SHAPES = "1x16@8192,1x80@1024,1x80@8192,1x80@32768,8x80@4096"
 L2_BYTES = 50 * 2**20
 MAX_SETS = 64
-# One timed call lasts about so long, so that starting it does not matter.
+# Steps of a timed call last about so long.
 SECONDS = 0.03
 
 
@@ -328,6 +328,7 @@ def main(arguments: Sequence[str]) -> None:
   for name in names:
     require(name in known, "implementations", name, f"of {', '.join(known)}")
   require(flags.repeats > 0, "repeats", flags.repeats, "1 or more")
+  check_seconds(flags.seconds)
   output = user_path(flags.output) if flags.output else None
   options = {"repeats": flags.repeats, "seconds": flags.seconds}
   rates = flags.terabytes * 1e12, flags.teraflops * 1e12
@@ -376,7 +377,7 @@ def _flags(arguments: Sequence[str]) -> Any:
   add("--head-size", type=cli.whole_number, default=128, help="64 or 128")
   add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
   add("--repeats", type=cli.whole_number, default=7, help="timed calls")
-  add("--seconds", type=cli.number, default=SECONDS, help="of a timed call")
+  add("--seconds", type=cli.number, default=SECONDS, help="of a call's steps")
   add("--sweep", action="store_true", help="try many plans of mosaic_gpu")
   add("--terabytes", type=cli.number, default=4.27, help="a second, for floors")
   add("--teraflops", type=cli.number, default=790.0, help="likewise")

@@ -67,8 +67,9 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
   """Whether this is the default: where it can run and was faster.
 
   That is for more rows than a block of a draft has, and matrices that are not
-  `few_rows`' but still a tile at most for each multiprocessor: past that some
-  of them wait for the others' second tiles.
+  `few_rows`', of a quarter of a tile to a whole one for each multiprocessor: of
+  fewer some would idle, of more some wait for the others' second tiles. (Both
+  halves of a gated product count.)
 
   Args:
     x: as for `api.linear`.
@@ -77,8 +78,8 @@ def wins(x: Array, matrix: Array | Transposed) -> bool:
   if why_not(x, matrix) is not None:
     return False
   stored: Array = matrix.stored  # type: ignore[union-attr]
-  one_wave = stored.shape[0] <= hopper.MULTIPROCESSORS * TILE
-  large = stored.size > few_rows.MOST_ELEMENTS
+  tiles, large = stored.shape[0] // TILE, stored.size > few_rows.MOST_ELEMENTS
+  one_wave = hopper.MULTIPROCESSORS <= 4 * tiles <= 4 * hopper.MULTIPROCESSORS
   return large and one_wave and x.size > _XLA_ROWS * x.shape[-1]
 
 
@@ -101,7 +102,7 @@ def linear(
     norm: see there.
     eps: see there.
     gated: see there.
-    residual: see there.
+    residual: see there; rounded to `x`'s dtype.
     plan: `None` chooses one by the shapes.
     interpret: `InterpretGPUParams` runs the kernel on a CPU, in clusters of one
       block.
