@@ -117,7 +117,11 @@ def time_marginally(
   Returns:
     Seconds of a step for each longer call, over the median of those of one
     step; the steps that it has more; the seconds of a call beside its steps.
+
+  Raises:
+    UsageError: see `check_seconds`.
   """
+  check_seconds(seconds)
   call(1)
   steps = 1
   while True:

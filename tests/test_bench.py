@@ -154,6 +154,12 @@ def test_what_a_call_costs_is_no_part_of_its_steps():
   assert calls == [1, *[1, 2] * 3, *[1, 9] * 3]
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_seconds_that_cannot_be_taken(seconds):
+  with pytest.raises(UsageError, match="seconds=.*: expected above 0"):
+    timing.time_marginally(lambda _: 1.0, repeats=1, seconds=seconds)
+
+
 def test_floors_by_hand(config):
   models = random_models(config)
   target, c = models.target, config
