@@ -156,7 +156,7 @@ def test_what_a_call_costs_is_no_part_of_its_steps():
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_seconds_that_cannot_be_taken(seconds):
-  with pytest.raises(UsageError, match="seconds=.*: expected above 0"):
+  with pytest.raises(UsageError, match=r"seconds=.*: expected above 0"):
     timing.time_marginally(lambda _: 1.0, repeats=1, seconds=seconds)
 
 
