@@ -27,9 +27,10 @@ if __name__ == "__main__":
 from d2sd_jax import cli, distributed
 from d2sd_jax.config import MODES
 from d2sd_jax.decoding import auto, report
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan, make_plan
-from d2sd_jax.decoding.session import Answer, Request, Session, bucket
+from d2sd_jax.decoding.session import Session, bucket
 from d2sd_jax.errors import require
 from d2sd_jax.evaluation import choice_margin, first_difference
 from d2sd_jax.io.models import load_tokenizer

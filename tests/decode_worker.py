@@ -16,6 +16,7 @@ import numpy as np
 import tiny
 
 from d2sd_jax import Models, Sampling, TreeConfig, UsageError
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.placement import (
   WHOLE,
   model_specs,
@@ -24,7 +25,7 @@ from d2sd_jax.decoding.placement import (
   shardings,
 )
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Request, Session
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.io import hf_tensors
 from d2sd_jax.io.hf_tensors import target_from_tensors
 from d2sd_jax.kernels import transposed

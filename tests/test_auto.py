@@ -17,10 +17,10 @@ from d2sd_jax.decoding.acceptance import (
   read_acceptance,
   write_acceptance,
 )
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.costs import CostTable, cost_table
 from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan
-from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.eval import acceptance as measuring
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

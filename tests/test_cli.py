@@ -27,8 +27,8 @@ from d2sd_jax import (
 )
 from d2sd_jax.decoding import plan as planning
 from d2sd_jax.decoding import report
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.decode_config import DecodeConfig
-from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.io import models, paths
 from d2sd_jax.io.drafter_format import save_drafter
 from d2sd_jax.io.fetch import SMOLLM2_135M, DownloadError

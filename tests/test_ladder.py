@@ -9,7 +9,7 @@ import tiny
 
 from d2sd_jax import TreeConfig, UsageError, cli
 from d2sd_jax.decoding import plan as planning
-from d2sd_jax.decoding.session import Answer, Request
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.eval import bench, calibration, ladder, measure, pictures, results
 from d2sd_jax.eval.bench import LadderConfig
 from d2sd_jax.eval.calibration import Outcome

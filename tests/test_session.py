@@ -20,10 +20,11 @@ import tiny
 from d2sd_jax import Models, Sampling, TreeConfig, timing
 from d2sd_jax.decoding import report
 from d2sd_jax.decoding import session as session_module
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Request, Session, bucket, interruptible
+from d2sd_jax.decoding.session import Session, bucket, interruptible
 from d2sd_jax.io.tokenizer import TextStream
 from d2sd_jax.kernels import device
 from d2sd_jax.tree import ANCHOR, RE_DRAFT

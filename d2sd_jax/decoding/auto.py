@@ -15,10 +15,10 @@ from d2sd_jax.decoding.acceptance import (
   Acceptance,
   read_acceptance,
 )
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.costs import CostTable, cost_table
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Request
 from d2sd_jax.models.drafter import FusedDrafter
 from d2sd_jax.models.target import LlamaTarget
 

@@ -14,10 +14,10 @@ from d2sd_jax.config import (
   TargetConfig,
   TreeConfig,
 )
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.placement import put_drafter
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Request
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import UsageError, require
 from d2sd_jax.io.drafter_format import (

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from d2sd_jax import __version__
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.plan import Plan
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Answer, Request, Session
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.errors import UsageError
 from d2sd_jax.evaluation import (
   TIE_MARGIN,
@@ -217,7 +218,7 @@ class Printer:
 
   def _replay(self, answer: Answer) -> None:
     trace = Trace(self._tokenizer)
-    for part in (slice(0, 1), *answer.cycles):
+    for part in answer.steps:
       trace.step(answer.tokens[part], answer.origins[part])
     emit("\n")
 

@@ -4,7 +4,6 @@ import concurrent.futures
 import copy
 import dataclasses
 import functools
-import itertools
 import queue
 import threading
 import time
@@ -16,8 +15,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from d2sd_jax.config import TreeConfig
+from d2sd_jax.decoding.answers import Answer, Request, read_rows, steps
 from d2sd_jax.decoding.loop import generate
-from d2sd_jax.decoding.placement import ROWS, WHOLE, put, to_host
+from d2sd_jax.decoding.placement import ROWS, WHOLE, put
 from d2sd_jax.decoding.policies import POLICIES
 from d2sd_jax.decoding.state import (
   DecodeState,
@@ -38,56 +38,6 @@ SMALLEST_BUCKET = 64
 STREAM_SECONDS = 0.1
 _T = TypeVar("_T")
 _prefill = jax.jit(prefill, static_argnames="capacity")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-  """A prompt in ids, and its index in the input."""
-
-  sequence_id: int
-  tokens: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Answer:
-  """What became of a request.
-
-  Attributes:
-    request: the request.
-    mode: how it was decoded.
-    tokens: the new ids, a stop id included.
-    origins: which pass proposed each of them (`d2sd_jax.tree`).
-    accepted_per_cycle: tokens each cycle committed.
-    num_verified: tree nodes that were verified, in all cycles.
-    prefill_seconds: of the batch the request was in.
-    decode_seconds: of the same batch, from its first token to its last.
-    batch_rows: requests in that batch.
-    implementation: of attention in verification; see `cascade_attention`.
-  """
-
-  request: Request
-  mode: str
-  tokens: list[int]
-  origins: list[int]
-  accepted_per_cycle: list[int]
-  num_verified: int
-  prefill_seconds: float
-  decode_seconds: float
-  batch_rows: int
-  implementation: str
-
-  @property
-  def cycles(self) -> list[slice]:
-    """Where each cycle's tokens are in `tokens`; prefill gave the first."""
-    return _cycles(self.accepted_per_cycle)
-
-
-def _cycles(accepted: Sequence[int]) -> list[slice]:
-  """See `Answer.cycles`."""
-  ends = 1 + np.cumsum([0, *accepted])
-  return [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
-
-
 # Called with the new tokens of the only row, and with their origins.
 OnStep = Callable[[list[int], list[int]], None]
 
@@ -196,9 +146,9 @@ class Session:
     alone = jax.process_count() == 1
 
     while True:
-      rows = _read(state, requests)
+      rows = read_rows(state, requests)
       if on_step:
-        parts = [slice(0, 1), *_cycles(rows[0].accepted)]
+        parts = steps(rows[0].accepted)
         for part in parts[told:]:
           on_step(rows[0].tokens[part], rows[0].origins[part])
         told = len(parts)
@@ -367,38 +317,3 @@ def interruptible(call: Callable[[], _T]) -> _T:
   if error is not None:
     raise error
   return cast(_T, result)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Row:
-  tokens: list[int]
-  origins: list[int]
-  accepted: list[int]
-  num_verified: int
-  finished: bool
-
-
-def _read(state: DecodeState, requests: Sequence[Request]) -> list[_Row]:
-  """What every request's row holds so far, on the host."""
-  host = to_host(
-    (
-      *(state.tokens, state.origins, state.accepted),
-      *(state.lengths, state.finished, state.num_cycles),
-      state.num_verified,
-    )
-  )
-  tokens, origins, accepted, lengths, finished, cycles, verified = host
-  rows = []
-  for i, request in enumerate(requests):
-    new = slice(len(request.tokens), int(lengths[i]) + 1)
-    counts = accepted[i, :cycles]
-    rows.append(
-      _Row(
-        tokens=tokens[i, new].tolist(),
-        origins=origins[i, new].tolist(),
-        accepted=counts[counts > 0].tolist(),
-        num_verified=int(verified[i]),
-        finished=bool(finished[i]),
-      )
-    )
-  return rows

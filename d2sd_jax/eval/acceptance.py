@@ -12,9 +12,9 @@ import numpy as np
 
 from d2sd_jax import cli
 from d2sd_jax.decoding.acceptance import Acceptance, write_acceptance
+from d2sd_jax.decoding.answers import Answer
 from d2sd_jax.decoding.plan import make_plan
 from d2sd_jax.decoding.policies import LOOKUP_SIZES
-from d2sd_jax.decoding.session import Answer
 from d2sd_jax.eval.bench import Bench, LadderConfig, set_up
 from d2sd_jax.eval.measure import decode_all
 from d2sd_jax.eval.tasks import load_task_prompts

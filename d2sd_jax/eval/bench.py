@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from d2sd_jax.config import MODES, TreeConfig
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.decode_config import DecodeConfig
 from d2sd_jax.decoding.plan import Plan, make_plan
 from d2sd_jax.decoding.policies import POLICIES
-from d2sd_jax.decoding.session import Answer, Request, Session
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require, require_at_least
 from d2sd_jax.eval import calibration, measure

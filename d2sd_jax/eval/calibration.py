@@ -15,9 +15,10 @@ import numpy as np
 
 from d2sd_jax.boundary import boundary_posterior
 from d2sd_jax.config import TreeConfig
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.cycle import decode_cycle
 from d2sd_jax.decoding.policies import POLICIES, draft_block
-from d2sd_jax.decoding.session import Request, Session
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.decoding.state import DecodeState, Models
 from d2sd_jax.sampling import Sampling
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from d2sd_jax.config import TreeConfig
-from d2sd_jax.decoding.session import Answer, Request, Session
+from d2sd_jax.decoding.answers import Answer, Request
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.eval.results_file import finite, interval
 from d2sd_jax.eval.tasks import Task, sha256
 from d2sd_jax.evaluation import (

@@ -4,8 +4,8 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 
+from d2sd_jax.decoding.answers import Answer, Request
 from d2sd_jax.decoding.report import answer_text
-from d2sd_jax.decoding.session import Answer, Request
 from d2sd_jax.eval.prompts import PROMPT_SETS, load_follow_ups, load_prompts
 from d2sd_jax.io.tokenizer import ChatTokenizer
 

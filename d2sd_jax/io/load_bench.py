@@ -28,7 +28,8 @@ from d2sd_jax.config import (
   TreeConfig,
   default_target_layer_ids,
 )
-from d2sd_jax.decoding.session import Request, Session
+from d2sd_jax.decoding.answers import Request
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require
 from d2sd_jax.io.hf_config import target_config_from_hf

@@ -16,11 +16,8 @@ GPUS = ("cuda", "gpu", "rocm")
 _SCHEDULING = "xla_gpu_command_buffer_scheduling_mode"
 _GRAPHS = "xla_gpu_enable_command_buffer"
 # XLA's default, and with it what devices exchange.
-_IN_GRAPHS = ",".join(
-  (
-    *("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN"),
-    *("DYNAMIC_SLICE_FUSION", "COLLECTIVES"),
-  )
+_IN_GRAPHS = (
+  "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,COLLECTIVES"
 )
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -64,13 +61,13 @@ def compiler_options(*, one_device: bool) -> dict[str, Any]:
   Args:
     one_device: whether the program is of one device alone.
   """
-  if target_device().platform not in GPUS:
+  processes = 1 if one_device else jax.process_count()
+  if target_device().platform not in GPUS or processes > 1:
     return {}
-  told = {_SCHEDULING: "CONCURRENT"} if one_device else {_GRAPHS: _IN_GRAPHS}
-  flags = os.environ.get("XLA_FLAGS", "")
-  elsewhere = not one_device and jax.process_count() > 1
-  said = any(option in flags for option in told)
-  return {} if said or elsewhere else told
+  option = _SCHEDULING if one_device else _GRAPHS
+  if option in os.environ.get("XLA_FLAGS", ""):
+    return {}
+  return {option: "CONCURRENT" if one_device else _IN_GRAPHS}
 
 
 def in_hbm(x: Array) -> Array:

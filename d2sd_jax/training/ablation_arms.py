@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from d2sd_jax import cli
+from d2sd_jax.decoding.answers import Request
 from d2sd_jax.decoding.report import versions
-from d2sd_jax.decoding.session import Request, Session
+from d2sd_jax.decoding.session import Session
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.errors import require
 from d2sd_jax.eval import measure
