@@ -143,15 +143,16 @@ def test_what_a_call_costs_is_no_part_of_its_steps():
 
   def call(steps):
     calls.append(steps)
-    # The third is held up.
-    return 5 + steps / 4 + 9 * (len(calls) == 3)
+    # The fourth, the first longer one, is held up.
+    return 5 + steps / 4 + 9 * (len(calls) == 4)
 
   times, steps, beside = timing.time_marginally(call, repeats=3, seconds=3)
   assert times == (0.25,) * 3
   assert beside == 5
   # Eight times as many at most, until they take half of `seconds` or more.
   assert steps == 8
-  assert calls == [1, *[1, 2] * 3, *[1, 9] * 3]
+  # The third call is the first that counts.
+  assert calls == [1, 1, *[1, 2] * 3, *[1, 9] * 3]
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
