@@ -20,8 +20,8 @@ MOST_ROWS = few_rows.MOST_ROWS
 CHUNK = 8
 # Rows of the matrix that a wgmma takes.
 TILE = 64
-# XLA's products are no slower up to so many (Qwen3-8B's shapes, an H200).
-_XLA_ROWS = 32
+# With so few a block gets no other to share its tile, and XLA has the product.
+_XLA_ROWS = CHUNK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
 def wins(x: Array, matrix: Array | Transposed) -> bool:
   """Whether this is the default: where it can run and was faster.
 
-  That is for more rows than a block of a draft has, and matrices that are not
+  That is for more rows than a chunk, and matrices that are not
   `few_rows`', of a quarter of a tile to a whole one for each multiprocessor: of
   fewer some would idle, of more some wait for the others' second tiles. (Both
   halves of a gated product count.)
