@@ -195,7 +195,8 @@ def run(
 
   Returns:
     0; 2 after a mistake or on a full device, told in one line; 130 after
-    Ctrl-C; 141 where the reader of standard output went away.
+    Ctrl-C; 141 where the reader of standard output went away; what `main`
+    exits with.
   """
   # On a machine whose GPU is not used, JAX says so; the scripts say where
   # they run themselves.
@@ -228,7 +229,7 @@ def run(
     return USAGE
   except KeyboardInterrupt:
     return INTERRUPTED
-  except SystemExit as stop:  # --help and --version
+  except SystemExit as stop:  # --help and --version, too
     return stop.code if isinstance(stop.code, int) else OK
   return OK
 

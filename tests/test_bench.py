@@ -86,7 +86,10 @@ def test_every_piece_of_the_first_cell_runs_with_int8_drafters(tmp_path):
 def test_a_row_that_fails_says_why_and_is_tried_again(tmp_path, monkeypatch):
   out = tmp_path / "bench.json"
   flag = "--config.implementation=mosaic_gpu"
-  failed = _run(out, "ar/1*", flag)[-1]
+  with pytest.raises(SystemExit) as stop:
+    _run(out, "ar/1*", flag)
+  assert stop.value.code == 1
+  failed = json.loads(out.read_text())[-1]
   assert failed["failed"].startswith("implementation='mosaic_gpu'")
   assert "median_ms" not in failed
   monkeypatch.setattr(bench._Bench, "row", lambda self, name: {"median_ms": 1})
@@ -217,7 +220,10 @@ def test_a_random_tree_is_a_tree(config):
 def test_mistakes_are_named(tmp_path):
   with pytest.raises(UsageError, match="rows='nothing'"):
     bench.main(["--config=bench_tiny", "--rows=nothing"])
-  for key, value in (("batches", "(0,)"), ("caches", "(5,)"), ("repeats", 0)):
+  for key, value in (
+    *(("batches", "(0,)"), ("caches", "(5,)"), ("repeats", 0)),
+    ("implementation", "nope"),
+  ):
     with pytest.raises(UsageError, match=f"{key}="):
       bench.main(["--config=bench_tiny", f"--config.{key}={value}"])
   other = tmp_path / "other.json"

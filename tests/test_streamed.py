@@ -75,7 +75,7 @@ def test_plans_cover_all_and_fit(count, size, width, parts):
     *[(72, 4096, 6144, True), (72, 4096, 4096, True), (72, 12_288, 4096, True)],
     *[(72, 4096, 24_576, False), (72, 4096, 151_936, False)],
     # A draft's rows, too few, too many, a matrix of `few_rows`, q/k/v's fourth.
-    *[(16, 4096, 6144, True), (8, 4096, 6144, False)],
+    *[(16, 4096, 6144, True), (9, 4096, 6144, True), (8, 4096, 6144, False)],
     (129, 4096, 6144, False),
     *[(72, 1024, 4096, False), (72, 4096, 1536, False)],
   ],

@@ -3,8 +3,9 @@
 One process measures the device's own rates first, then every row that is
 wanted and is not in the results file yet: random weights, random data, device
 time of a step inside one loop. Each row is written as soon as it is there, so
-that a long grid can be measured in parts. On a mesh (`--mesh`) floors are those
-of one device, and what the devices exchange, as measured by itself, is added.
+that a long grid can be measured in parts; if one failed, the exit status is 1.
+On a mesh (`--mesh`) floors are those of one device, and what the devices
+exchange, as measured by itself, is added.
 """
 
 import dataclasses
@@ -112,13 +113,19 @@ def main(arguments: Sequence[str]) -> None:
   cli.setup_jax_cache()
   rates = measure_rates(config, results)
   bench = _Bench(config, plan, rates, mesh or None, results)
+  failed = []
   for i, name in enumerate(left):
     if flags.minutes and time.monotonic() - started > 60 * flags.minutes:
       print(f"{len(left) - i} rows are left", file=sys.stderr, flush=True)
       break
     print(f"[{i + 1}/{len(left)}] {name}", file=sys.stderr, flush=True)
-    results.add(name, bench.row(name))
+    row = bench.row(name)
+    results.add(name, row)
+    failed += [name] if "failed" in row else []
   print_table(results)
+  if failed:
+    print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _identity(config: BenchConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from d2sd_jax.config import (
   default_target_layer_ids,
 )
 from d2sd_jax.errors import require, require_at_least
+from d2sd_jax.kernels.cascade_attention.api import IMPLEMENTATIONS
 from d2sd_jax.sharding import DATA, DECODING_AXES, TENSOR, parse_mesh
 from d2sd_jax.tensor_parallel import check_split
 from d2sd_jax.timing import check_seconds
@@ -89,6 +90,7 @@ class BenchConfig:
     for field, known in (
       ("dtype", (None, *DTYPES)),
       ("drafter_weights", DRAFTER_WEIGHTS),
+      ("implementation", (None, *IMPLEMENTATIONS)),
     ):
       value = getattr(self, field)
       names = ", ".join(name for name in known if name)

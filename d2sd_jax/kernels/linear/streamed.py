@@ -20,7 +20,7 @@ MOST_ROWS = few_rows.MOST_ROWS
 CHUNK = 8
 # Rows of the matrix that a wgmma takes.
 TILE = 64
-# With so few a block gets no other to share its tile, and XLA has the product.
+# No block shares its tile with so few; 16 and more were timed.
 _XLA_ROWS = CHUNK
 
 
@@ -64,12 +64,12 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
 
 
 def wins(x: Array, matrix: Array | Transposed) -> bool:
-  """Whether this is the default: where it can run and was faster.
+  """Whether this is the default: where it can run and was faster by much.
 
-  That is for more rows than a chunk, and matrices that are not
-  `few_rows`', of a quarter of a tile to a whole one for each multiprocessor: of
-  fewer some would idle, of more some wait for the others' second tiles. (Both
-  halves of a gated product count.)
+  That is for more rows than a chunk, and matrices that are not `few_rows`', of
+  a quarter of a tile to a whole one for each multiprocessor: of fewer some
+  would idle, of more some wait for the others' second tiles. (Both halves of a
+  gated product count.)
 
   Args:
     x: as for `api.linear`.
