@@ -121,7 +121,8 @@ def main(arguments: Sequence[str]) -> None:
     print(f"[{i + 1}/{len(left)}] {name}", file=sys.stderr, flush=True)
     row = bench.row(name)
     results.add(name, row)
-    failed += [name] if "failed" in row else []
+    if "failed" in row:
+      failed.append(name)
   print_table(results)
   if failed:
     print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -185,20 +185,27 @@ def _checks() -> str:
   nodes, layers = 80, QWEN3_8B.num_layers
   ours = attention_seconds(on_h200, 1, nodes, nodes, on_h200.context)
   in_xla = target_seconds(on_h200, nodes) + layers * (_XLA_ATTENTION - ours)
-  shared = lambda count: dataclasses.replace(on_h200, tensor=count)
   larger = dataclasses.replace(on_h200, shape=QWEN3_32B)
-  larger_shared = lambda count: dataclasses.replace(larger, tensor=count)
+  shared = lambda plan, count: dataclasses.replace(plan, tensor=count)
   rows = (
     ("Qwen3-8B, `ar`, H200", step_seconds(on_h200), "5.2, now 4.38"),
-    ("the same, two of one host", step_seconds(shared(2)), "5.18, now 3.76"),
-    ("the same, four of one host", step_seconds(shared(4)), "5.04, now 3.04"),
+    (
+      "the same, two of one host",
+      step_seconds(shared(on_h200, 2)),
+      "5.18, now 3.76",
+    ),
+    (
+      "the same, four of one host",
+      step_seconds(shared(on_h200, 4)),
+      "5.04, now 3.04",
+    ),
     ("Qwen3-8B, a cycle of `d2sd`, H200", d2sd_seconds(on_h200), "7.38"),
-    ("the same cycle, four", d2sd_seconds(shared(4)), "6.31"),
+    ("the same cycle, four", d2sd_seconds(shared(on_h200, 4)), "6.31"),
     ("Qwen3-32B, `ar`, H200", step_seconds(larger), "17.34"),
-    ("its `ar`, two", step_seconds(larger_shared(2)), "10.72"),
-    ("its `ar`, four", step_seconds(larger_shared(4)), "7.20"),
+    ("its `ar`, two", step_seconds(shared(larger, 2)), "10.72"),
+    ("its `ar`, four", step_seconds(shared(larger, 4)), "7.20"),
     ("Qwen3-32B, a cycle of `d2sd`, H200", d2sd_seconds(larger), "23.55"),
-    ("its cycle, four", d2sd_seconds(larger_shared(4)), "13.58"),
+    ("its cycle, four", d2sd_seconds(shared(larger, 4)), "13.58"),
     ("Qwen3-8B, 80 rows, attention in XLA, H200", in_xla, "7.1 to 7.3"),
     ("80 rows, H200", target_seconds(on_h200, nodes), "5.42"),
     ("Qwen3-8B, a cycle of `d2sd`, H100", d2sd_seconds(on_h100), "10.95"),
