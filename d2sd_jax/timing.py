@@ -25,6 +25,7 @@ _MARKS = {
   "lone_node": "lone_node",
   "mosaic_gpu": "cascade_attention",
   "mosaic_tpu": "tpu_custom_call",
+  **{name: name for name in ("lone_row", "few_rows", "streamed")},
 }
 # What devices exchange; where it waits somewhere else, it is but started.
 _COLLECTIVES = re.compile(r"\s(all-reduce|all-gather)(?:-start)?\(")

@@ -1,6 +1,7 @@
 """The benchmark of a decode cycle, at sizes a CPU measures in seconds."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -15,10 +16,11 @@ import pytest
 
 from d2sd_jax import UsageError, cli, timing
 from d2sd_jax.bench import __main__ as bench
-from d2sd_jax.bench import floors, pieces
+from d2sd_jax.bench import cell, floors, pieces
 from d2sd_jax.bench.config import BenchConfig
 from d2sd_jax.bench.models import random_models, random_state, random_tree
 from d2sd_jax.io.paths import find_config
+from d2sd_jax.kernels import hopper, transposed, triton
 from d2sd_jax.kernels.cascade_attention import bench as op
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -55,9 +57,16 @@ def test_runs_in_parts_and_says_what_ran(tmp_path, capsys):
     assert row["versions"]["jax"] == jax.__version__
   by_name = {row["row"]: row for row in rows}
   cycle = by_name["cycle/1x48"]
-  assert cycle["implementations"] == {
-    **{"target": "xla", "draft 1": "xla", "draft 2": "xla"}
-  }
+  passes = ("draft 1", "draft 2", "target")
+  matrices = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+  assert cycle["implementations"] == dict.fromkeys(
+    (
+      *passes,
+      *(f"{use} {matrix}" for use in passes for matrix in matrices),
+      *("context fc", "context context_proj"),
+    ),
+    "xla",
+  )
   assert len(cycle["bound"]) == 4
   assert cycle["compile_seconds"] > 0
   assert by_name["op/1x7@48/jax.nn"]["max_error"] < 0.03
@@ -118,8 +127,40 @@ def test_a_silent_fallback_is_a_failure():
   kernel = dataclasses.replace(ran, custom_calls=("few_rows",))
   with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
     kernel.check_ran({"draft 1": "mosaic_gpu"})
+  kernel.check_ran({"target o_proj": "few_rows"})
+  with pytest.raises(RuntimeError, match="target o_proj should run streamed"):
+    kernel.check_ran({"target o_proj": "streamed"})
   kernel = dataclasses.replace(ran, custom_calls=("cascade_attention",))
   kernel.check_ran({"draft 1": "mosaic_gpu"})
+
+
+def test_what_should_run_on_an_h200(monkeypatch):
+  """By each matrix's own size, and as it is stored."""
+  monkeypatch.setattr(transposed, "stores_transposed", lambda: True)
+  monkeypatch.setattr(hopper, "runs_here", lambda: True)
+  monkeypatch.setattr(triton, "runs_here", lambda: True)
+  monkeypatch.setattr(cell.attention, "default_implementation", _attends)
+  for weights, first in (("bfloat16", "streamed"), ("int8", "xla")):
+    config = cli.load_config(
+      BenchConfig, "bench_qwen3_8b", {"drafter_weights": weights}
+    )
+    models = jax.eval_shape(functools.partial(random_models, config))
+    here = cell.Cell(models, config, 1, 1024)
+    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    drafts = (first, first, "xla", first)
+    assert here.drafter_runs(1, 4) == {
+      "draft 2": "mosaic_gpu",
+      **{f"draft 2 {n}": x for n, x in zip(names, drafts, strict=True)},
+    }
+    assert set(here.target_runs(1).values()) == {"mosaic_gpu", "xla"}
+    verified = here.target_runs(80)
+    assert verified["target down_proj"] == "streamed"
+    assert verified["target gate_up_proj"] == "xla"
+    assert here.context_runs(16)["context fc"] == first
+
+
+def _attends(query, keys):
+  return "mosaic_gpu"
 
 
 def test_steps_depend_on_each_other():
@@ -341,7 +382,7 @@ def test_on_a_mesh_every_row_is_one_devices(on_a_mesh, config):
   alone = floors.draft_work(models, 0, 1, 1, 5, 42)
   assert alone.bytes - rows["draft_1/1x48"]["bytes"] == 4 * 24 * 30
   assert row["config"]["mesh"] == "data:1,tensor:2"
-  assert row["implementations"] == {"target": "xla"}
+  assert row["implementations"]["target"] == "xla"
 
 
 def test_on_a_mesh_exchanges_are_those_that_were_counted(on_a_mesh):

@@ -1,7 +1,7 @@
 """What is timed, and at which place of the grid."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,16 @@ from d2sd_jax.bench.floors import Work, device_batch, device_heads
 from d2sd_jax.bench.models import at_places, random_state, random_tree
 from d2sd_jax.decoding.placement import ROWS, WHOLE, model_specs, spread
 from d2sd_jax.decoding.state import DecodeState, Models, state_specs
-from d2sd_jax.kernels.cascade_attention.api import default_implementation
+from d2sd_jax.kernels.cascade_attention import api as attention
+from d2sd_jax.kernels.linear import api as products
+from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.timing import Step
 from d2sd_jax.tree import PrefixTree
+
+# Matrices of a layer, and of a drafter's context.
+_LAYER = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_CONTEXT = ("fc", "context_proj")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,8 @@ class Piece:
     specs: where `models`, `carry` and `inputs` lie on a mesh.
     works: what must be done by each device, one after the other.
     messages: what the devices exchange in a step, and how often.
-    implementations: what attention runs, by the pass it is part of.
+    implementations: what attention runs, by the pass it is part of, and what
+      each product runs, by its pass and its matrix.
   """
 
   step: Step
@@ -87,21 +95,64 @@ class Cell:
     """The function on every device of the mesh."""
     return spread(function, self.mesh, in_specs, out_specs)
 
-  def target_runs(self, nodes: int) -> str:
-    """Attention's implementation in the target."""
+  def target_runs(self, nodes: int) -> dict[str, str]:
+    """What runs in the target: attention, and the products of a layer."""
     target = self.models.target
-    return target.implementation or self._runs(target, 1, nodes)
+    attends = target.implementation or self._attends(target, 1, nodes)
+    products = self._products("target", target.layers[0], _LAYER, nodes)
+    return {"target": attends, **products}
 
-  def drafter_runs(self, index: int, groups: int) -> str:
-    """Attention's implementation in a drafter."""
-    drafter = self.models.drafters[index]
-    return self._runs(drafter, groups, self.config.block_size)
+  def drafter_runs(self, index: int, groups: int) -> dict[str, str]:
+    """What runs in a drafter: attention, and the products of a layer."""
+    drafter, block = self.models.drafters[index], self.config.block_size
+    use = f"draft {index + 1}"
+    return {
+      use: self._attends(drafter, groups, block),
+      **self._products(use, drafter.layers[0], _LAYER, groups * block),
+    }
 
-  def _runs(self, model: Any, groups: int, nodes: int) -> str:
+  def context_runs(self, path: int) -> dict[str, str]:
+    """What the products of the drafters' context run, alike in both."""
+    drafter, *_ = self.models.drafters
+    return self._products("context", drafter, _CONTEXT, path)
+
+  def _attends(self, model: Any, groups: int, nodes: int) -> str:
+    """Attention's default for a pass over groups of nodes of each row."""
     c = self.config
     heads, key_heads = device_heads(model, self.mesh)
     batch = device_batch(self.batch, self.mesh)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, c.dtype_name)
     query: Any = shape(batch, groups, nodes, heads, c.head_dim)
     keys: Any = shape(batch, key_heads, self.cache, c.head_dim)
-    return default_implementation(query, keys)
+    return attention.default_implementation(query, keys)
+
+  def _products(
+    self, use: str, weights: Any, names: Iterable[str], nodes: int
+  ) -> dict[str, str]:
+    """The default of each product of so many nodes of each row."""
+    count = device_batch(self.batch, self.mesh) * nodes
+    runs = {}
+    for name in names:
+      matrix = jax.tree.map(_own_part, getattr(weights, name))
+      # Of the product's left side only rows, width and dtype matter.
+      x: Any = jax.ShapeDtypeStruct(
+        (count, _width(matrix)), self.config.dtype_name
+      )
+      runs[f"{use} {name}"] = products.default_implementation(x, matrix)
+    return runs
+
+
+def _own_part(array: Any) -> jax.ShapeDtypeStruct:
+  """The part of an array that one device has."""
+  place = getattr(array, "sharding", None)
+  shape = array.shape if place is None else place.shard_shape(array.shape)
+  return jax.ShapeDtypeStruct(shape, array.dtype)
+
+
+def _width(matrix: Any) -> int:
+  """How much a product with the matrix sums over."""
+  turned = isinstance(matrix, Transposed)
+  stored = matrix.stored if turned else matrix
+  if isinstance(stored, QuantizedMatrix):
+    stored = stored.values
+  return stored.shape[1 if turned else 0]

@@ -50,7 +50,7 @@ def autoregressive(cell: Cell) -> Piece:
     specs=cell.specs(models),
     works=(target_work(models, cell.batch, 1, cell.used),),
     messages=target_messages(models, cell.batch, 1),
-    implementations={"target": cell.target_runs(1)},
+    implementations=cell.target_runs(1),
   )
 
 
@@ -76,9 +76,10 @@ def whole_cycle(cell: Cell) -> Piece:
       commit_work(cell.models, cell.batch, config.branch_size),
     ),
     implementations={
-      "target": cell.target_runs(nodes),
-      "draft 1": cell.drafter_runs(0, 1),
-      "draft 2": cell.drafter_runs(1, config.num_branches),
+      **cell.drafter_runs(0, 1),
+      **cell.drafter_runs(1, config.num_branches),
+      **cell.target_runs(nodes),
+      **cell.context_runs(config.branch_size),
     },
   )
 
@@ -135,7 +136,7 @@ def first_draft(cell: Cell) -> Piece:
     specs=cell.specs(cell.models, (ROWS,)),
     messages=_first_messages(cell),
     works=(_first_work(cell),),
-    implementations={"draft 1": cell.drafter_runs(0, 1)},
+    implementations=cell.drafter_runs(0, 1),
   )
 
 
@@ -164,7 +165,7 @@ def second_draft(cell: Cell) -> Piece:
     specs=cell.specs(cell.models, (ROWS,), ROWS),
     messages=_second_messages(cell),
     works=(_second_work(cell),),
-    implementations={"draft 2": cell.drafter_runs(1, branches)},
+    implementations=cell.drafter_runs(1, branches),
   )
 
 
@@ -210,7 +211,7 @@ def verification(nodes: int) -> Callable[[Cell], Piece]:
       specs=cell.specs(cell.models, (ROWS, _kept_specs(cell))),
       messages=target_messages(cell.models, cell.batch, nodes),
       works=(target_work(cell.models, cell.batch, nodes, cell.used),),
-      implementations={"target": cell.target_runs(nodes)},
+      implementations=cell.target_runs(nodes),
     )
 
   return piece
@@ -270,7 +271,7 @@ def committing(cell: Cell) -> Piece:
     inputs=(tree, features, kv, verdict),
     specs=cell.specs(cell.models, inputs=(ROWS, *_kept_specs(cell))),
     works=(commit_work(cell.models, cell.batch, path),),
-    implementations={},
+    implementations=cell.context_runs(path),
   )
 
 

@@ -85,7 +85,7 @@ def print_table(results: Results) -> None:
   table.add_column("row", no_wrap=True)
   for title in ("ms", "least", "most", "floor", "of floor"):
     table.add_column(title, justify="right")
-  table.add_column("attention")
+  table.add_column("runs")
   for name, row in rows.items():
     if "failed" in row:
       table.add_row(name, "failed", *[""] * 4, row["failed"][:60])
