@@ -234,9 +234,12 @@ def test_the_splits_share_the_tiles_that_hold_the_prefix(splits):
   assert (local == np.array([0] * (splits - 1) + [2])[:, None]).all()
   for i, (low, most_low, least_high, high) in enumerate(bounds):
     tiles = []
+    # Two tiles of local keys are the last split's.
+    most = -(-(max(-(-high // 64) - low // 64, 0) + 2) // splits)
     for split in range(splits):
       held = [x[split, i] for x in (first, whole, partial, last)]
       assert held == sorted(held)
+      assert held[3] - held[0] + local[split, i] <= max(most, 2)
       tiles += range(held[0], held[3])
       for tile in range(held[1], held[2]):
         assert most_low <= tile * 64

@@ -248,13 +248,20 @@ def _block(*refs, plan, first, windowed, merged):
 
 
 def _local_steps(operands, plan):
-  """Tiles of local keys; the last split has them, and the fewest others."""
-  tiles = pl.cdiv(operands.local_keys.shape[1], plan.block_keys)
+  """Tiles of local keys that are this block's: the last split has them."""
+  tiles = _local_tiles(operands, plan)
   return jnp.where(lax.axis_index("split") == plan.splits - 1, tiles, 0)
 
 
+def _local_tiles(operands, plan):
+  return pl.cdiv(operands.local_keys.shape[1], plan.block_keys)
+
+
 def _steps(operands, plan, windowed):
-  """What this block's split holds of the prefix, as tiles of keys."""
+  """What this block's split holds of the prefix, as tiles of keys.
+
+  A split has as many tiles as another, local ones among the last one's.
+  """
   batch, split = lax.axis_index("batch"), lax.axis_index("split")
   width = jnp.int32(plan.block_keys)
   up = lambda x: lax.div(x + (width - 1), width)
@@ -263,8 +270,8 @@ def _steps(operands, plan, windowed):
   )
   low = lax.div(low, width) if windowed else jnp.int32(0)
   high = up(high)
-  share = lax.div(high - low + (plan.splits - 1), jnp.int32(plan.splits))
-  share = jnp.maximum(share, 0)
+  tiles = jnp.maximum(high - low, 0) + _local_tiles(operands, plan)
+  share = lax.div(tiles + (plan.splits - 1), jnp.int32(plan.splits))
   first = jnp.minimum(low + split * share, high)
   last = jnp.minimum(first + share, high)
   whole = jnp.clip(up(most_low), first, last) if windowed else first
