@@ -282,29 +282,54 @@ def test_it_lowers_for_cuda(monkeypatch, sizes, options):
 @pytest.mark.parametrize(("pairs", "size"), [(8, 8192), (6144, 512), (64, 64)])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
-  plan = mosaic_gpu.choose_plan(rows, pairs, size, dim)
+  plan = mosaic_gpu.choose_plan(rows, pairs, size, dim, local=rows // 4 + 1)
   assert rows <= plan.rows < rows + 3 * 64
-  assert 1 <= plan.splits <= max(size // plan.block_keys, 1)
+  assert plan.block_keys == 64 or plan.warpgroups < 3
+  assert 1 <= plan.splits <= -(-size // plan.block_keys) + rows // 64 + 1
   assert plan.stages >= 2
   shared = plan.stages * 4 * plan.block_keys + plan.warpgroups * 2 * 64
   assert shared * dim < hopper.SHARED_MEMORY - 2048
 
 
 @needs_kernels
-def test_plans_of_the_shapes_that_matter():
-  # One row: the prefix is split over the chip, the cache read once or twice.
-  plan = mosaic_gpu.choose_plan(64, 8, 8192, 128)
-  assert (plan.warpgroups, plan.blocks, plan.splits) == (1, 1, 16)
-  plan = mosaic_gpu.choose_plan(320, 8, 8192, 128)
-  assert (plan.warpgroups, plan.blocks, plan.splits) == (3, 2, 8)
-  # A short cache: the more rows, the dearer are the splits to merge.
-  for rows, splits in ((32, 8), (64, 8), (256, 4), (320, 4)):
-    assert mosaic_gpu.choose_plan(rows, 8, 1024, 128).splits == splits
-  # Of few key heads, as a device of a mesh has, more: there is room.
-  assert mosaic_gpu.choose_plan(320, 2, 4096, 128).splits == 22
-  # Many rows: no split, so nothing is merged.
-  assert mosaic_gpu.choose_plan(320, 64, 4096, 128).splits == 1
-  assert mosaic_gpu.choose_plan(3, 2048 * 3, 512, 64).splits == 1
+@pytest.mark.parametrize(
+  ("nodes", "pairs", "size", "cut"),
+  [
+    # Eight key heads, four query heads each: a tile of rows to a block where
+    # multiprocessors would idle, and two where all would wait for the L2 cache.
+    *[(1, 8, 1024, (1, 1, 9)), (16, 8, 1024, (1, 1, 9))],
+    *[(80, 8, 1024, (1, 5, 3)), (80, 8, 32_768, (2, 3, 5))],
+    # Of fewer key heads, as a device of a mesh has, more splits: there is room.
+    (80, 2, 1024, (1, 5, 9)),
+    # Many rows: no split, so nothing is merged.
+    *[(80, 64, 4096, (3, 2, 1)), (80, 128, 1024, (3, 2, 1))],
+    (1, 2048 * 3, 512, (1, 1, 1)),
+  ],
+)
+def test_plans_of_the_shapes_that_matter(nodes, pairs, size, cut):
+  rows = -(-nodes // 8) * 8 * 4
+  plan = mosaic_gpu.choose_plan(rows, pairs, size, 128, local=nodes)
+  assert (plan.warpgroups, plan.blocks, plan.splits) == cut
+
+
+@needs_kernels
+def test_the_plan_of_a_small_target():
+  # SmolLM2: three query heads to each of three key heads, of 64.
+  plan = mosaic_gpu.choose_plan(72 * 3, 3, 512, 64, local=72)
+  assert (plan.warpgroups, plan.blocks, plan.block_keys) == (1, 4, 64)
+  assert plan.splits == 4
+
+
+@needs_kernels
+def test_a_plan_counts_what_its_longest_split_does():
+  # Eight tiles of 128 keys and one of local keys, in threes: two of the prefix
+  # and the local one come last, two of them masked.
+  work = mosaic_gpu._Work(tiles=5, pairs=8, size=1024, head_dim=128, local=80)
+  assert work.steps(128) == 9
+  assert work._longest(1.0, 128, 3) == 3 + 2 * mosaic_gpu._MASKED
+  # By fours the last split has local keys alone, and no other more than three.
+  assert work._longest(1.0, 128, 4) == 3 + mosaic_gpu._MASKED
+  assert work._longest(1.0, 128, 1) == 9 + 2 * mosaic_gpu._MASKED
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,9 @@ def plans(shape: Shape) -> Iterator[Any]:
   """Plans worth trying: those near the one that is chosen."""
   rows = shape.nodes * shape.group
   pairs = shape.batch * shape.kv_heads
-  chosen = mosaic_gpu.choose_plan(rows, pairs, shape.cache, shape.head_size)
+  chosen = mosaic_gpu.choose_plan(
+    rows, pairs, shape.cache, shape.head_size, shape.nodes
+  )
   yield chosen
   tiles = -(-rows // 64)
   for warpgroups in range(1, min(tiles, 3) + 1):

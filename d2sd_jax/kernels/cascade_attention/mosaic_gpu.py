@@ -138,7 +138,7 @@ def _attend(plan, interpret, arrays, options):
   first = kernel.First(*(x.first for x in lying), share)
   rows = first.chunks(groups * nodes) * kernel.CHUNK
   if plan is None:
-    plan = choose_plan(rows, batch * kv_heads, size, head_dim)
+    plan = choose_plan(rows, batch * kv_heads, size, head_dim, groups * nodes)
   if interpret is not None:
     plan = dataclasses.replace(plan, registers=False)
   if size == 0:
@@ -192,7 +192,9 @@ _attend.defvjp(_forward, _backward)
 _attend_once = jax.jit(_attend, static_argnums=(0, 1))
 
 
-def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
+def choose_plan(
+  rows: int, pairs: int, size: int, head_dim: int, local: int = 1
+) -> Any:
   """The plan for operands of these sizes on a whole H100 or H200.
 
   Args:
@@ -201,28 +203,95 @@ def choose_plan(rows: int, pairs: int, size: int, head_dim: int) -> Any:
     pairs: batch rows times key heads.
     size: rows of the cache; how many of them are used is not known yet.
     head_dim: head size.
+    local: local keys.
   """
   from d2sd_jax.kernels.cascade_attention import mosaic_gpu_kernel as kernel
 
   tiles = -(-rows // kernel.ROWS)
-  # Each warpgroup's share of the registers is just enough for three of them.
-  blocks = -(-tiles // 3)
-  warpgroups = -(-tiles // blocks)
   # With many blocks, two fit one multiprocessor and hide each other's waits.
-  many = warpgroups == 1 and pairs * blocks >= 2 * hopper.MULTIPROCESSORS
-  block_keys = 64 if many or warpgroups == 3 else 128
-  steps = max(-(-size // block_keys), 1)
+  many = tiles == 1 and pairs >= 2 * hopper.MULTIPROCESSORS
+  work = _Work(tiles, pairs, size, head_dim, local)
+  warpgroups, block_keys, splits = min(
+    (
+      (warpgroups, block_keys, splits)
+      for warpgroups, block_keys in ([(1, 64)] if many else _STEPS[head_dim])
+      if warpgroups <= tiles
+      for splits in range(1, min(work.steps(block_keys), 32) + 1)
+    ),
+    key=lambda cut: work.microseconds(*cut),
+  )
   stages = most_stages(warpgroups, block_keys, head_dim, 2 if many else 1)
-  stages = min(stages, 6, max(2, steps + 1))
   return kernel.Plan(
     warpgroups=warpgroups,
-    blocks=blocks,
+    blocks=-(-tiles // warpgroups),
     block_keys=block_keys,
-    stages=stages,
-    splits=_splits(
-      pairs * blocks, steps, pairs * blocks * warpgroups * head_dim
-    ),
+    stages=min(stages, 6, max(2, -(-size // block_keys) + 1)),
+    splits=splits,
   )
+
+
+# Microseconds of a step, by the head size, the step's tiles of query rows (one a
+# warpgroup) and its keys; how much longer a mask takes; of a block's begin and
+# end; of each tile that a split leaves to be merged. Then the bytes that the L2
+# cache gives in one. Fitted to sweeps on an H200 (docs/performance.md); of heads
+# of 64 only one tile was swept, and others are as much faster.
+_STEPS = {
+  128: {
+    **{(1, 128): 1.25, (1, 64): 0.65, (2, 128): 1.9, (2, 64): 1.1},
+    (3, 64): 1.55,
+  },
+  64: {
+    **{(1, 128): 0.8, (1, 64): 0.29, (2, 128): 1.2, (2, 64): 0.5},
+    (3, 64): 0.7,
+  },
+}
+_MASKED, _BEGIN, _LEFT_TILE = 0.25, 6.0, 0.0094
+_L2_BYTES = 9.6e6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """What there is to do, as `choose_plan` gets it; `tiles` of query rows."""
+
+  tiles: int
+  pairs: int
+  size: int
+  head_dim: int
+  local: int
+
+  def steps(self, block_keys: int) -> int:
+    """Steps of all splits."""
+    return -(-self.size // block_keys) + -(-self.local // block_keys)
+
+  def _longest(self, step: float, block_keys: int, splits: int) -> float:
+    """Microseconds of the split that takes longest; see `_steps` there.
+
+    Masks are on the local tiles, which are the last split's, and on the last
+    tile of the prefix.
+    """
+    prefix, local = -(-self.size // block_keys), -(-self.local // block_keys)
+    share = -(-(prefix + local) // splits)
+    rest = max(prefix - share * (splits - 1), 0)
+    last = (rest + local) * step + (local + (rest > 0)) * _MASKED
+    others = min(share, prefix) * step + (rest == 0) * _MASKED
+    return max(last, others) if splits > 1 else last
+
+  def microseconds(
+    self, warpgroups: int, block_keys: int, splits: int
+  ) -> float:
+    """About how long a plan takes.
+
+    Blocks take turns if they are more than there are multiprocessors, and each
+    reads the keys and values of its split, whose first reader has them put in
+    the L2 cache for the others.
+    """
+    blocks = self.pairs * -(-self.tiles // warpgroups)
+    waves = -(-blocks * splits // hopper.MULTIPROCESSORS)
+    step = _STEPS[self.head_dim][warpgroups, block_keys]
+    computing = waves * (_BEGIN + self._longest(step, block_keys, splits))
+    reading = blocks * self.size * self.head_dim * 4 / _L2_BYTES
+    left = self.pairs * self.tiles * splits if splits > 1 else 0
+    return max(computing, reading) + left * _LEFT_TILE
 
 
 def most_stages(
@@ -241,28 +310,6 @@ def most_stages(
     hopper.SHARED_MEMORY // resident - 2560 - warpgroups * 64 * head_dim * 2
   )
   return room // (4 * block_keys * head_dim)
-
-
-def _splits(blocks: int, steps: int, left: int) -> int:
-  """Splits of a prefix of so many steps, for the least time by a simple count.
-
-  A wave of blocks takes the steps of a split, and about as long as two more to
-  begin and to end; what splits leave behind takes time to write and to merge,
-  half a step and one for each 10,240 numbers of a row of tiles: so it was on an
-  H200 (docs/performance.md).
-
-  Args:
-    blocks: without splits.
-    steps: of the whole prefix.
-    left: numbers that a split leaves of one row of each of its tiles.
-  """
-
-  def time(splits):
-    waves = -(-blocks * splits // hopper.MULTIPROCESSORS)
-    merge = 0.5 + splits * left / 10240 if splits > 1 else 0
-    return waves * (-(-steps // splits) + 2) + merge
-
-  return min(range(1, min(steps, 32) + 1), key=time)
 
 
 def _to_tiles(x, axis):
