@@ -85,6 +85,10 @@ def test_where_it_is_the_default(monkeypatch, count, width, size, wins):
   bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   matrix = Transposed(stored=bf16(size, width))
   assert streamed.wins(bf16(1, count, width), matrix) == wins
+  # A block has a tile of each half, and both count as the matrix's size.
+  both = Transposed(stored=bf16(2 * size, width))
+  wins = wins or (count, width, size) == (72, 1024, 4096)
+  assert streamed.wins(bf16(1, count, width), both, gated=True) == wins
   reason = streamed.why_not(bf16(1, count, width), matrix)
   assert (reason is None) == (count <= 128)
 

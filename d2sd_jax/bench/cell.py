@@ -138,7 +138,9 @@ class Cell:
       x: Any = jax.ShapeDtypeStruct(
         (count, _width(matrix)), self.config.dtype_name
       )
-      runs[f"{use} {name}"] = products.default_implementation(x, matrix)
+      runs[f"{use} {name}"] = products.default_implementation(
+        x, matrix, gated=name == "gate_up_proj"
+      )
     return runs
 
 

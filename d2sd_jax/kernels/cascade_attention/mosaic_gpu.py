@@ -230,11 +230,11 @@ def choose_plan(
   )
 
 
-# Microseconds of a step, by the head size, the step's tiles of query rows (one a
+# Microseconds of a step, by the head size, its tiles of query rows (one a
 # warpgroup) and its keys; how much longer a mask takes; of a block's begin and
 # end; of each tile that a split leaves to be merged. Then the bytes that the L2
-# cache gives in one. Fitted to sweeps on an H200 (docs/performance.md); of heads
-# of 64 only one tile was swept, and others are as much faster.
+# cache gives in one. Fitted to sweeps on an H200 (docs/performance.md); with
+# heads of 64 only one tile a block was swept, and more are as much faster.
 _STEPS = {
   128: {
     **{(1, 128): 1.25, (1, 64): 0.65, (2, 128): 1.9, (2, 64): 1.1},
