@@ -192,7 +192,7 @@ def _checks() -> str:
     (
       "the same, two of one host",
       step_seconds(shared(on_h200, 2)),
-      "5.18, now 3.76",
+      "5.18, now 3.71",
     ),
     (
       "the same, four of one host",
@@ -200,11 +200,13 @@ def _checks() -> str:
       "5.04, now 3.04",
     ),
     ("Qwen3-8B, a cycle of `d2sd`, H200", d2sd_seconds(on_h200), "7.38"),
+    ("the same cycle, two", d2sd_seconds(shared(on_h200, 2)), "6.90"),
     ("the same cycle, four", d2sd_seconds(shared(on_h200, 4)), "6.31"),
     ("Qwen3-32B, `ar`, H200", step_seconds(larger), "17.34"),
-    ("its `ar`, two", step_seconds(shared(larger, 2)), "10.72"),
+    ("its `ar`, two", step_seconds(shared(larger, 2)), "10.66"),
     ("its `ar`, four", step_seconds(shared(larger, 4)), "7.20"),
     ("Qwen3-32B, a cycle of `d2sd`, H200", d2sd_seconds(larger), "23.55"),
+    ("its cycle, two", d2sd_seconds(shared(larger, 2)), "17.21"),
     ("its cycle, four", d2sd_seconds(shared(larger, 4)), "13.58"),
     ("Qwen3-8B, 80 rows, attention in XLA, H200", in_xla, "7.1 to 7.3"),
     ("80 rows, H200", target_seconds(on_h200, nodes), "5.42"),
