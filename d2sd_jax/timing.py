@@ -6,7 +6,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +19,25 @@ from d2sd_jax.kernels.device import compiler_options
 
 # Takes models, what the step before returned, and inputs that stay.
 Step = Callable[[Any, Any, Any], Any]
-# What a compiled program holds when a kernel of ours, or cuDNN's, is in it.
+# What a compiled program calls when a kernel of ours, or cuDNN's, is in it.
+_OWN = ("lone_node", "lone_row", "few_rows", "streamed")
 _MARKS = {
   "cudnn": "cudnn",
-  "lone_node": "lone_node",
   "mosaic_gpu": "cascade_attention",
   "mosaic_tpu": "tpu_custom_call",
-  **{name: name for name in ("lone_row", "few_rows", "streamed")},
+  **{name: name for name in _OWN},
 }
 # What devices exchange; where it waits somewhere else, it is but started.
 _COLLECTIVES = re.compile(r"\s(all-reduce|all-gather)(?:-start)?\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """What a step should run: an implementation so many times, for a name."""
+
+  name: str
+  implementation: str
+  times: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +49,7 @@ class Timing:
     steps: how many were timed in each of them.
     call: milliseconds of a call beside its steps.
     compile_seconds: which are not part of any time.
-    custom_calls: names of the kernels in the compiled program.
+    custom_calls: how often the compiled program calls each kernel, by name.
     collectives: how many exchanges between devices a step has, by their kind.
   """
 
@@ -48,7 +57,7 @@ class Timing:
   steps: int
   call: float
   compile_seconds: float
-  custom_calls: tuple[str, ...]
+  custom_calls: Mapping[str, int]
   collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   @property
@@ -67,23 +76,28 @@ class Timing:
       "steps": self.steps,
       "call_ms": self.call,
       "compile_seconds": self.compile_seconds,
-      "custom_calls": list(self.custom_calls),
+      "custom_calls": dict(sorted(self.custom_calls.items())),
       **(exchanged if self.collectives else {}),
     }
 
-  def check_ran(self, implementations: Mapping[str, str]) -> None:
-    """Raises `RuntimeError` where a kernel is not in the program.
+  def check_ran(self, uses: Sequence[Use]) -> None:
+    """Raises `RuntimeError` where the program does not call what it should.
+
+    Each kernel as often as all its uses do, or more; and none of ours that has
+    no use. What XLA makes of the rest has no name.
 
     Args:
-      implementations: what should be there, by what it is for.
+      uses: all of the step's.
     """
-    called = (*self.custom_calls, *self.collectives)
-    for use, name in implementations.items():
-      mark = name if name.startswith("all-") else _MARKS.get(name, "")
-      if not any(mark in call for call in (*called, "")):
+    for name, mark in _MARKS.items():
+      own = [use for use in uses if use.implementation == name]
+      wanted = sum(use.times for use in own)
+      called = sum(n for call, n in self.custom_calls.items() if mark in call)
+      if called < wanted or (called and not own and name in _OWN):
+        told = ", ".join(use.name for use in own) or "nothing"
         raise RuntimeError(
-          f"{use} should run {name}, but the compiled program calls"
-          f" {', '.join(called) or 'no kernel'}"
+          f"{told} should run {name}, {wanted} times in all, but the compiled"
+          f" program calls it {called} times"
         )
 
   def check_exchanged(self, kind: str, count: int) -> None:
@@ -203,21 +217,24 @@ def time_step(
     steps=steps,
     call=1e3 * beside,
     compile_seconds=compile_seconds,
-    custom_calls=_custom_calls(hlo),
+    custom_calls=custom_calls(hlo),
     collectives=Counter(_COLLECTIVES.findall(hlo)),
   )
 
 
-def _custom_calls(hlo: str) -> tuple[str, ...]:
-  """The names of what a compiled program calls, each once.
+def custom_calls(hlo: str) -> Counter[str]:
+  """How often a compiled program calls each kernel that has a name.
 
   All of Triton's kernels are one target, and all of Mosaic GPU's: those are
   told by their own names.
+
+  Args:
+    hlo: the program's text.
   """
-  called = set()
+  called: Counter[str] = Counter()
   for line in hlo.splitlines():
     if target := re.search(r'custom_call_target="([^"]+)"', line):
       own = re.search(r'op_name="[^"]*/(\w+)/(?:pallas_call|mpmd_map)"', line)
       ours = own if re.search("triton|mosaic_gpu", target[1]) else None
-      called.add((ours or target)[1])
-  return tuple(sorted(called))
+      called[(ours or target)[1]] += 1
+  return called

@@ -1,6 +1,5 @@
 """The benchmark of a decode cycle, at sizes a CPU measures in seconds."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from d2sd_jax import UsageError, cli, timing
 from d2sd_jax.bench import __main__ as bench
@@ -114,53 +114,88 @@ def test_time_limit_leaves_rows_for_later(tmp_path, capsys):
 
 
 def test_a_silent_fallback_is_a_failure():
-  ran = timing.Timing(
-    times=(1.0,),
-    steps=1,
-    call=0.5,
-    compile_seconds=1.0,
-    custom_calls=("TopK",),
-  )
-  ran.check_ran({"target": "xla"})
-  with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
-    ran.check_ran({"target": "xla", "draft 1": "mosaic_gpu"})
-  kernel = dataclasses.replace(ran, custom_calls=("few_rows",))
-  with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu"):
-    kernel.check_ran({"draft 1": "mosaic_gpu"})
-  kernel.check_ran({"target o_proj": "few_rows"})
-  with pytest.raises(RuntimeError, match="target o_proj should run streamed"):
-    kernel.check_ran({"target o_proj": "streamed"})
-  kernel = dataclasses.replace(ran, custom_calls=("cascade_attention",))
-  kernel.check_ran({"draft 1": "mosaic_gpu"})
+  def ran(**calls):
+    return timing.Timing(
+      times=(1.0,),
+      steps=1,
+      call=0.5,
+      compile_seconds=1.0,
+      custom_calls={"TopK": 1, **calls},
+    )
+
+  use = timing.Use
+  attends, product = use("draft 1", "mosaic_gpu", 5), use("o", "few_rows", 5)
+  ran().check_ran([use("target", "xla", 36)])
+  ran(cascade_attention=5).check_ran([use("target", "xla", 36), attends])
+  ran(cascade_attention=6, few_rows=5).check_ran([attends, product])
+  for missing in ({}, {"cascade_attention": 4}, {"few_rows": 5}):
+    with pytest.raises(RuntimeError, match="draft 1 should run mosaic_gpu, 5 "):
+      ran(**missing).check_ran([attends])
+  # Two uses of a kernel, and the calls of one.
+  both = [product, use("down", "few_rows", 5)]
+  ran(few_rows=10).check_ran(both)
+  with pytest.raises(RuntimeError, match="o, down should run few_rows, 10 "):
+    ran(few_rows=5).check_ran(both)
+  with pytest.raises(RuntimeError, match="nothing should run streamed"):
+    ran(cascade_attention=5, streamed=1).check_ran([attends])
 
 
-def test_what_should_run_on_an_h200(monkeypatch):
-  """By each matrix's own size, and as it is stored."""
+@pytest.fixture
+def on_an_h200(monkeypatch):
+  """Kernels are chosen as there; nothing runs."""
   monkeypatch.setattr(transposed, "stores_transposed", lambda: True)
   monkeypatch.setattr(hopper, "runs_here", lambda: True)
   monkeypatch.setattr(triton, "runs_here", lambda: True)
-  monkeypatch.setattr(cell.attention, "default_implementation", _attends)
-  for weights, first in (("bfloat16", "streamed"), ("int8", "xla")):
-    config = cli.load_config(
-      BenchConfig, "bench_qwen3_8b", {"drafter_weights": weights}
+  attends = lambda query, keys: "mosaic_gpu"
+  monkeypatch.setattr(cell.attention, "default_implementation", attends)
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_what_should_run_on_an_h200(on_an_h200, weights):
+  """By each matrix's own size, and as it is stored."""
+  config = cli.load_config(
+    BenchConfig, "bench_qwen3_8b", {"drafter_weights": weights}
+  )
+  models = jax.eval_shape(functools.partial(random_models, config))
+  here = cell.Cell(models, config, 1, 1024)
+  names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+  first = "xla" if weights == "int8" else "streamed"
+  drafts = (first, first, "xla", first)
+  assert here.drafter_uses(1, 4) == (
+    timing.Use("draft 2", "mosaic_gpu", 5),
+    *(
+      timing.Use(f"draft 2 {name}", runs, 5)
+      for name, runs in zip(names, drafts, strict=True)
+    ),
+  )
+  assert {use.implementation for use in here.target_uses(1)} == {
+    *("mosaic_gpu", "xla")
+  }
+  _, qkv, _, both, down = here.target_uses(80)
+  assert (qkv.implementation, down.implementation) == ("streamed", "streamed")
+  assert (both.implementation, both.times) == ("xla", 36)
+  assert here.context_uses(16)[0] == timing.Use("context fc", first, 2)
+
+
+def test_what_should_run_on_two_h200(on_an_h200):
+  """Half of gate and up, of which a block has a tile each, is one wave."""
+  config = cli.load_config(BenchConfig, "bench_qwen3_8b", {})
+  models = jax.eval_shape(functools.partial(random_models, config))
+  mesh = AbstractMesh((1, 2), ("data", "tensor"))
+  layer = models.target.layers[0]
+  half = lambda spec: (
+    lambda x: jax.ShapeDtypeStruct(
+      *(x.shape, x.dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec))
     )
-    models = jax.eval_shape(functools.partial(random_models, config))
+  )
+  for name, spec, runs in (
+    ("gate_up_proj", ("tensor", None), "streamed"),
+    ("gate_up_proj", (None, None), "xla"),
+    ("qkv_proj", ("tensor", None), "streamed"),
+  ):
+    matrix = jax.tree.map(half(spec), getattr(layer, name))
     here = cell.Cell(models, config, 1, 1024)
-    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    drafts = (first, first, "xla", first)
-    assert here.drafter_runs(1, 4) == {
-      "draft 2": "mosaic_gpu",
-      **{f"draft 2 {n}": x for n, x in zip(names, drafts, strict=True)},
-    }
-    assert set(here.target_runs(1).values()) == {"mosaic_gpu", "xla"}
-    verified = here.target_runs(80)
-    assert verified["target down_proj"] == "streamed"
-    assert verified["target gate_up_proj"] == "xla"
-    assert here.context_runs(16)["context fc"] == first
-
-
-def _attends(query, keys):
-  return "mosaic_gpu"
+    assert here._product(name, matrix, 80, 1).implementation == runs
 
 
 def test_steps_depend_on_each_other():

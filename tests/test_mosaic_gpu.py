@@ -285,7 +285,9 @@ def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
   plan = mosaic_gpu.choose_plan(rows, pairs, size, dim, local=rows // 4 + 1)
   assert rows <= plan.rows < rows + 3 * 64
   assert plan.block_keys == 64 or plan.warpgroups < 3
-  assert 1 <= plan.splits <= -(-size // plan.block_keys) + rows // 64 + 1
+  # Splits for one wave of blocks at most, where there are any.
+  blocks = pairs * plan.blocks
+  assert plan.splits == 1 or plan.splits * blocks <= hopper.MULTIPROCESSORS
   assert plan.stages >= 2
   shared = plan.stages * 4 * plan.block_keys + plan.warpgroups * 2 * 64
   assert shared * dim < hopper.SHARED_MEMORY - 2048
@@ -296,20 +298,21 @@ def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
   ("nodes", "pairs", "size", "cut"),
   [
     # Eight key heads, four query heads each: a tile of rows to a block where
-    # multiprocessors would idle, and two where all would wait for the L2 cache.
-    *[(1, 8, 1024, (1, 1, 9)), (16, 8, 1024, (1, 1, 9))],
-    *[(80, 8, 1024, (1, 5, 3)), (80, 8, 32_768, (2, 3, 5))],
+    # multiprocessors would idle, two where each has many steps.
+    *[(1, 8, 1024, (1, 1, 128, 9)), (16, 8, 1024, (1, 1, 128, 9))],
+    *[(64, 8, 1024, (1, 4, 64, 4)), (80, 8, 1024, (1, 5, 128, 3))],
+    (80, 8, 32_768, (2, 3, 128, 5)),
     # Of fewer key heads, as a device of a mesh has, more splits: there is room.
-    (80, 2, 1024, (1, 5, 9)),
+    (80, 2, 1024, (1, 5, 128, 9)),
     # Many rows: no split, so nothing is merged.
-    *[(80, 64, 4096, (3, 2, 1)), (80, 128, 1024, (3, 2, 1))],
-    (1, 2048 * 3, 512, (1, 1, 1)),
+    *[(80, 64, 4096, (3, 2, 64, 1)), (80, 128, 1024, (3, 2, 64, 1))],
+    (1, 2048 * 3, 512, (1, 1, 64, 1)),
   ],
 )
 def test_plans_of_the_shapes_that_matter(nodes, pairs, size, cut):
   rows = -(-nodes // 8) * 8 * 4
   plan = mosaic_gpu.choose_plan(rows, pairs, size, 128, local=nodes)
-  assert (plan.warpgroups, plan.blocks, plan.splits) == cut
+  assert cut == (plan.warpgroups, plan.blocks, plan.block_keys, plan.splits)
 
 
 @needs_kernels

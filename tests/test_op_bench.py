@@ -73,5 +73,5 @@ def test_plans_of_a_sweep_hold_all_rows():
     "jax.experimental.pallas.mosaic_gpu", reason="no Pallas Mosaic GPU"
   )
   found = list(bench.plans(bench.Shape(1, 80, 8192, 8192)))
-  assert 10 < len(set(found)) == len(found) < 100
+  assert 10 < len(set(found)) == len(found) < 200
   assert all(plan.rows >= 320 for plan in found)

@@ -247,7 +247,7 @@ class _Bench:
     return {
       **timing.record(),
       **self._floor(piece.works, piece.messages),
-      "implementations": dict(piece.implementations),
+      "implementations": {use.name: use.implementation for use in piece.uses},
     }
 
   def _time(self, piece: Piece) -> Timing:
@@ -258,7 +258,7 @@ class _Bench:
       mesh=self._mesh,
       specs=piece.specs,
     )
-    timing.check_ran(piece.implementations)
+    timing.check_ran(piece.uses)
     return timing
 
   def _op(self, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is timed, and at which place of the grid."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from d2sd_jax.kernels.cascade_attention import api as attention
 from d2sd_jax.kernels.linear import api as products
 from d2sd_jax.kernels.quantized import QuantizedMatrix
 from d2sd_jax.kernels.transposed import Transposed
-from d2sd_jax.timing import Step
+from d2sd_jax.timing import Step, Use
 from d2sd_jax.tree import PrefixTree
 
 # Matrices of a layer, and of a drafter's context.
@@ -37,8 +37,7 @@ class Piece:
     specs: where `models`, `carry` and `inputs` lie on a mesh.
     works: what must be done by each device, one after the other.
     messages: what the devices exchange in a step, and how often.
-    implementations: what attention runs, by the pass it is part of, and what
-      each product runs, by its pass and its matrix.
+    uses: what attention and each product of a pass should run.
   """
 
   step: Step
@@ -48,7 +47,7 @@ class Piece:
   specs: tuple[Any, Any, Any] = (WHOLE, WHOLE, WHOLE)
   works: tuple[Work, ...] = ()
   messages: Mapping[Message, int] = dataclasses.field(default_factory=dict)
-  implementations: Mapping[str, str]
+  uses: tuple[Use, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,26 +94,38 @@ class Cell:
     """The function on every device of the mesh."""
     return spread(function, self.mesh, in_specs, out_specs)
 
-  def target_runs(self, nodes: int) -> dict[str, str]:
-    """What runs in the target: attention, and the products of a layer."""
+  def target_uses(self, nodes: int) -> tuple[Use, ...]:
+    """Of a pass of the target over so many nodes of each row."""
     target = self.models.target
     attends = target.implementation or self._attends(target, 1, nodes)
-    products = self._products("target", target.layers[0], _LAYER, nodes)
-    return {"target": attends, **products}
+    return self._uses("target", target, attends, nodes)
 
-  def drafter_runs(self, index: int, groups: int) -> dict[str, str]:
-    """What runs in a drafter: attention, and the products of a layer."""
+  def drafter_uses(self, index: int, groups: int) -> tuple[Use, ...]:
+    """Of a pass of a drafter over so many blocks of each row."""
     drafter, block = self.models.drafters[index], self.config.block_size
-    use = f"draft {index + 1}"
-    return {
-      use: self._attends(drafter, groups, block),
-      **self._products(use, drafter.layers[0], _LAYER, groups * block),
-    }
+    attends = self._attends(drafter, groups, block)
+    return self._uses(f"draft {index + 1}", drafter, attends, groups * block)
 
-  def context_runs(self, path: int) -> dict[str, str]:
-    """What the products of the drafters' context run, alike in both."""
-    drafter, *_ = self.models.drafters
-    return self._products("context", drafter, _CONTEXT, path)
+  def context_uses(self, path: int) -> tuple[Use, ...]:
+    """Of the drafters' context of a path, which is alike in both."""
+    drafter, times = self.models.drafters[0], len(self.models.drafters)
+    return tuple(
+      self._product(f"context {name}", getattr(drafter, name), path, times)
+      for name in _CONTEXT
+    )
+
+  def _uses(
+    self, name: str, model: Any, attends: str, nodes: int
+  ) -> tuple[Use, ...]:
+    """Attention and the products of a model whose layers are alike."""
+    layer, layers = model.layers[0], len(model.layers)
+    return (
+      Use(name, attends, layers),
+      *(
+        self._product(f"{name} {matrix}", getattr(layer, matrix), nodes, layers)
+        for matrix in _LAYER
+      ),
+    )
 
   def _attends(self, model: Any, groups: int, nodes: int) -> str:
     """Attention's default for a pass over groups of nodes of each row."""
@@ -126,22 +137,17 @@ class Cell:
     keys: Any = shape(batch, key_heads, self.cache, c.head_dim)
     return attention.default_implementation(query, keys)
 
-  def _products(
-    self, use: str, weights: Any, names: Iterable[str], nodes: int
-  ) -> dict[str, str]:
-    """The default of each product of so many nodes of each row."""
+  def _product(self, name: str, matrix: Any, nodes: int, times: int) -> Use:
+    """A product of so many nodes of each row."""
+    matrix = jax.tree.map(_own_part, matrix)
     count = device_batch(self.batch, self.mesh) * nodes
-    runs = {}
-    for name in names:
-      matrix = jax.tree.map(_own_part, getattr(weights, name))
-      # Of the product's left side only rows, width and dtype matter.
-      x: Any = jax.ShapeDtypeStruct(
-        (count, _width(matrix)), self.config.dtype_name
-      )
-      runs[f"{use} {name}"] = products.default_implementation(
-        x, matrix, gated=name == "gate_up_proj"
-      )
-    return runs
+    # Of its left side only rows, width and dtype matter.
+    x: Any = jax.ShapeDtypeStruct(
+      (count, _width(matrix)), self.config.dtype_name
+    )
+    gated = name.endswith("gate_up_proj")
+    runs = products.default_implementation(x, matrix, gated=gated)
+    return Use(name, runs, times)
 
 
 def _own_part(array: Any) -> jax.ShapeDtypeStruct:

@@ -35,7 +35,7 @@ from d2sd_jax.decoding.state import DecodeState, Models
 from d2sd_jax.models.target import TargetOutput
 from d2sd_jax.sampling import Sampling
 from d2sd_jax.sharding import TENSOR
-from d2sd_jax.timing import Step
+from d2sd_jax.timing import Step, Use
 from d2sd_jax.verify import longest_accepted_path, target_choices
 
 
@@ -50,7 +50,7 @@ def autoregressive(cell: Cell) -> Piece:
     specs=cell.specs(models),
     works=(target_work(models, cell.batch, 1, cell.used),),
     messages=target_messages(models, cell.batch, 1),
-    implementations=cell.target_runs(1),
+    uses=cell.target_uses(1),
   )
 
 
@@ -75,12 +75,12 @@ def whole_cycle(cell: Cell) -> Piece:
       target_work(cell.models, cell.batch, nodes, cell.used),
       commit_work(cell.models, cell.batch, config.branch_size),
     ),
-    implementations={
-      **cell.drafter_runs(0, 1),
-      **cell.drafter_runs(1, config.num_branches),
-      **cell.target_runs(nodes),
-      **cell.context_runs(config.branch_size),
-    },
+    uses=(
+      *cell.drafter_uses(0, 1),
+      *cell.drafter_uses(1, config.num_branches),
+      *cell.target_uses(nodes),
+      *cell.context_uses(config.branch_size),
+    ),
   )
 
 
@@ -136,7 +136,7 @@ def first_draft(cell: Cell) -> Piece:
     specs=cell.specs(cell.models, (ROWS,)),
     messages=_first_messages(cell),
     works=(_first_work(cell),),
-    implementations=cell.drafter_runs(0, 1),
+    uses=cell.drafter_uses(0, 1),
   )
 
 
@@ -165,7 +165,7 @@ def second_draft(cell: Cell) -> Piece:
     specs=cell.specs(cell.models, (ROWS,), ROWS),
     messages=_second_messages(cell),
     works=(_second_work(cell),),
-    implementations=cell.drafter_runs(1, branches),
+    uses=cell.drafter_uses(1, branches),
   )
 
 
@@ -211,7 +211,7 @@ def verification(nodes: int) -> Callable[[Cell], Piece]:
       specs=cell.specs(cell.models, (ROWS, _kept_specs(cell))),
       messages=target_messages(cell.models, cell.batch, nodes),
       works=(target_work(cell.models, cell.batch, nodes, cell.used),),
-      implementations=cell.target_runs(nodes),
+      uses=cell.target_uses(nodes),
     )
 
   return piece
@@ -271,7 +271,7 @@ def committing(cell: Cell) -> Piece:
     inputs=(tree, features, kv, verdict),
     specs=cell.specs(cell.models, inputs=(ROWS, *_kept_specs(cell))),
     works=(commit_work(cell.models, cell.batch, path),),
-    implementations=cell.context_runs(path),
+    uses=cell.context_uses(path),
   )
 
 
@@ -350,7 +350,7 @@ def _collectives(
         Message(SUM, states, config.dtype_name): sums,
         Message(GATHER, (own, nodes)): 1,
       },
-      implementations={"sums": SUM, "choice": GATHER},
+      uses=(Use("sums", SUM, sums), Use("choice", GATHER)),
     )
 
   return piece

@@ -242,7 +242,9 @@ def _max_error(attend, arrays, ends):
 
 def plans(shape: Shape) -> Iterator[Any]:
   """Plans worth trying: those near the one that is chosen."""
-  rows = shape.nodes * shape.group
+  # Nodes move by whole chunks.
+  chunk = mosaic_gpu.TILE
+  rows = -(-shape.nodes // chunk) * chunk * shape.group
   pairs = shape.batch * shape.kv_heads
   chosen = mosaic_gpu.choose_plan(
     rows, pairs, shape.cache, shape.head_size, shape.nodes
@@ -254,7 +256,7 @@ def plans(shape: Shape) -> Iterator[Any]:
     for block_keys in (64, 128):
       most = mosaic_gpu.most_stages(warpgroups, block_keys, shape.head_size)
       for stages in sorted({2, min(most, 4), most} - {0, 1}):
-        for splits in (1, 2, 4, 8, 12, 16, 24, 32):
+        for splits in (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32):
           waves = blocks * pairs * splits / hopper.MULTIPROCESSORS
           plan = dataclasses.replace(
             chosen,

@@ -1,6 +1,6 @@
 """Cascade attention on Hopper: the operands, the plan and the merge.
 
-`mosaic_gpu_kernel` reads the prefix once for all nodes of a row and attends to
+`mosaic_gpu_kernel` reads the prefix for tiles of a row's nodes and attends to
 their own tree too. It has no gradient of its own: XLA's serves.
 """
 
@@ -193,7 +193,7 @@ _attend_once = jax.jit(_attend, static_argnums=(0, 1))
 
 
 def choose_plan(
-  rows: int, pairs: int, size: int, head_dim: int, local: int = 1
+  rows: int, pairs: int, size: int, head_dim: int, local: int
 ) -> Any:
   """The plan for operands of these sizes on a whole H100 or H200.
 
@@ -232,9 +232,9 @@ def choose_plan(
 
 # Microseconds of a step, by the head size, its tiles of query rows (one a
 # warpgroup) and its keys; how much longer a mask takes; of a block's begin and
-# end; of each tile that a split leaves to be merged. Then the bytes that the L2
-# cache gives in one. Fitted to sweeps on an H200 (docs/performance.md); with
-# heads of 64 only one tile a block was swept, and more are as much faster.
+# end; of each tile that a split leaves to be merged. Fitted to sweeps on an
+# H200 (docs/performance.md); with heads of 64 only one tile a block was swept,
+# and more are as much faster.
 _STEPS = {
   128: {
     **{(1, 128): 1.25, (1, 64): 0.65, (2, 128): 1.9, (2, 64): 1.1},
@@ -246,7 +246,6 @@ _STEPS = {
   },
 }
 _MASKED, _BEGIN, _LEFT_TILE = 0.25, 6.0, 0.0094
-_L2_BYTES = 9.6e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,35 +262,34 @@ class _Work:
     """Steps of all splits."""
     return -(-self.size // block_keys) + -(-self.local // block_keys)
 
+  def microseconds(
+    self, warpgroups: int, block_keys: int, splits: int
+  ) -> float:
+    """What a plan takes by a count, to be compared with another's.
+
+    Blocks take turns if they are more than there are multiprocessors. What all
+    plans have in common, reading the cache once, is not counted.
+    """
+    blocks = self.pairs * -(-self.tiles // warpgroups)
+    waves = -(-blocks * splits // hopper.MULTIPROCESSORS)
+    step = _STEPS[self.head_dim][warpgroups, block_keys]
+    left = self.pairs * self.tiles * splits if splits > 1 else 0
+    longest = self._longest(step, block_keys, splits)
+    return waves * (_BEGIN + longest) + left * _LEFT_TILE
+
   def _longest(self, step: float, block_keys: int, splits: int) -> float:
-    """Microseconds of the split that takes longest; see `_steps` there.
+    """What the longest split takes at most; see `mosaic_gpu_kernel._steps`.
 
     Masks are on the local tiles, which are the last split's, and on the last
     tile of the prefix.
     """
-    prefix, local = -(-self.size // block_keys), -(-self.local // block_keys)
+    local = -(-self.local // block_keys)
+    prefix = self.steps(block_keys) - local
     share = -(-(prefix + local) // splits)
     rest = max(prefix - share * (splits - 1), 0)
     last = (rest + local) * step + (local + (rest > 0)) * _MASKED
     others = min(share, prefix) * step + (rest == 0) * _MASKED
     return max(last, others) if splits > 1 else last
-
-  def microseconds(
-    self, warpgroups: int, block_keys: int, splits: int
-  ) -> float:
-    """About how long a plan takes.
-
-    Blocks take turns if they are more than there are multiprocessors, and each
-    reads the keys and values of its split, whose first reader has them put in
-    the L2 cache for the others.
-    """
-    blocks = self.pairs * -(-self.tiles // warpgroups)
-    waves = -(-blocks * splits // hopper.MULTIPROCESSORS)
-    step = _STEPS[self.head_dim][warpgroups, block_keys]
-    computing = waves * (_BEGIN + self._longest(step, block_keys, splits))
-    reading = blocks * self.size * self.head_dim * 4 / _L2_BYTES
-    left = self.pairs * self.tiles * splits if splits > 1 else 0
-    return max(computing, reading) + left * _LEFT_TILE
 
 
 def most_stages(

@@ -42,7 +42,7 @@ class Plan:
     blocks: blocks that share the query rows of one batch row and key head.
     block_keys: keys in a step; a multiple of 64.
     stages: steps whose keys and values are in shared memory at once.
-    splits: parts of the prefix.
+    splits: parts of the prefix and the local keys, the latter in the last.
     registers: whether probabilities go to the tensor cores from registers, as
       they should, or through shared memory, as Pallas' interpreter needs it.
   """
@@ -260,7 +260,7 @@ def _local_tiles(operands, plan):
 def _steps(operands, plan, windowed):
   """What this block's split holds of the prefix, as tiles of keys.
 
-  A split has as many tiles as another, local ones among the last one's.
+  As evenly as whole tiles allow; the local ones are all the last split's.
   """
   batch, split = lax.axis_index("batch"), lax.axis_index("split")
   width = jnp.int32(plan.block_keys)
