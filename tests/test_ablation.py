@@ -107,6 +107,7 @@ def _bytes(folder):
   return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   seen = []
   read, decode = Batches.__getitem__, ablation_arms.decode_arm
@@ -190,6 +191,7 @@ def test_arms_see_the_same_batches_and_go_on(run, tmp_path, monkeypatch):
   assert _bytes(tmp_path / "new") == before
 
 
+@pytest.mark.slow
 def test_a_foreign_file_and_a_lost_drafter_are_refused(run, tmp_path):
   out = tmp_path / "new" / "r.json"
   out.parent.mkdir()

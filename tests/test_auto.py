@@ -118,6 +118,7 @@ def _models():
   return Models(target=tiny.target(0), drafters=drafters)
 
 
+@pytest.mark.slow
 def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
   monkeypatch.setenv("D2SD_CACHE", str(tmp_path))
   monkeypatch.setattr(costs, "VERIFY_SIZES", (1, 6))

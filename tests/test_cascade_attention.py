@@ -31,7 +31,28 @@ _WITH_SINKS = sorted(
   set(IMPLEMENTATIONS) - {"cudnn", "lone_node", "mosaic_gpu"}
 )
 _EVERY = pytest.mark.parametrize("implementation", [*_WITH_SINKS, _DENSE])
-_EVERY_WITH_SINKS = pytest.mark.parametrize("implementation", _WITH_SINKS)
+
+
+def _every(names, cases, *, on_tpu, implementations=(*_WITH_SINKS, _DENSE)):
+  """All cases by every implementation; the TPU's kernel is slow here.
+
+  Of its cases those of `on_tpu` are run by default.
+  """
+  return pytest.mark.parametrize(
+    (*names, "implementation"),
+    [
+      pytest.param(*case, name, marks=marks)
+      for case in cases
+      for name in implementations
+      for marks in [
+        [pytest.mark.slow]
+        if name == "mosaic_tpu" and case not in on_tpu
+        else []
+      ]
+    ],
+  )
+
+
 # Far beyond any real key or value, and finite in bfloat16 too.
 _POISON = 1e30
 
@@ -101,10 +122,10 @@ def _check(implementation, arrays, options, atol=1e-5):
   return got
 
 
-@_EVERY
-@pytest.mark.parametrize(
+@_every(
   ("groups", "share", "kv_heads", "dim"),
   [(1, 1, 5, 8), (1, 4, 2, 128), (3, 8, 2, 6), (4, 3, 2, 64), (8, 4, 1, 8)],
+  on_tpu=[(1, 4, 2, 128), (3, 8, 2, 6)],
 )
 def test_shapes_and_ragged_rows(implementation, groups, share, kv_heads, dim):
   # The rows see the full cache, one row of it, and nothing of it.
@@ -115,8 +136,7 @@ def test_shapes_and_ragged_rows(implementation, groups, share, kv_heads, dim):
   _check(implementation, arrays, options)
 
 
-@_EVERY
-@pytest.mark.parametrize("size", [0, 1, 7])
+@_every(["size"], [(0,), (1,), (7,)], on_tpu=[(0,)])
 def test_cache_of_any_size_and_all_to_all(implementation, size):
   arrays, options = _inputs(size=size, groups=2)
   options["local_mask"] = None
@@ -136,8 +156,7 @@ def test_mask_shared_by_rows_and_groups(implementation):
   _check(implementation, arrays, options)
 
 
-@_EVERY
-@pytest.mark.parametrize(("groups", "size"), [(1, 0), (1, 11), (3, 0)])
+@_every(("groups", "size"), [(1, 0), (1, 11), (3, 0)], on_tpu=[(1, 11)])
 def test_causal_by_name(implementation, groups, size):
   arrays, options = _inputs(groups=groups, size=size)
   options["local_mask"] = np.tri(5, dtype=bool)[None, None]
@@ -174,8 +193,7 @@ def test_every_node_has_its_own_window(implementation):
   assert not np.allclose(got, _check(implementation, arrays, options))
 
 
-@_EVERY_WITH_SINKS
-@pytest.mark.parametrize("size", [0, 11])
+@_every(["size"], [(0,), (11,)], on_tpu=[(11,)], implementations=_WITH_SINKS)
 def test_sinks_join_the_denominator(implementation, size):
   arrays, options = _inputs(size=size)
   without = _check(implementation, arrays, options)
@@ -264,7 +282,12 @@ def test_long_groups_go_through_in_slices(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("most", "tile"), [(6, (1, 2)), (40, (2, 6)), (1024, (4, 6))]
+  ("most", "tile"),
+  [
+    pytest.param(6, (1, 2), marks=pytest.mark.slow),
+    (40, (2, 6)),
+    pytest.param(1024, (4, 6), marks=pytest.mark.slow),
+  ],
 )
 def test_nodes_go_through_the_tpu_in_tiles(monkeypatch, most, tile):
   arrays, options = _inputs(nodes=6, groups=4, size=21)
@@ -300,8 +323,15 @@ def test_the_tpu_needs_only_the_blocks_that_are_seen():
   _check("mosaic_tpu", arrays, options)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("size", [0, 11])
+@pytest.mark.parametrize(
+  ("size", "sinks"),
+  [
+    pytest.param(0, False, marks=pytest.mark.slow),
+    pytest.param(0, True, marks=pytest.mark.slow),
+    (11, False),
+    pytest.param(11, True, marks=pytest.mark.slow),
+  ],
+)
 def test_gradients_are_those_of_the_reference(size, sinks):
   arrays, options = _inputs(size=size, groups=2)
   options["local_mask"][:, :, 3] = False  # Row 2 sees nothing there at all.

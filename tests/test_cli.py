@@ -493,6 +493,8 @@ def tiny_target(tmp_path, monkeypatch):
   ]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_auto_says_what_it_took(tiny_target, tmp_path, capsys):
   output = tmp_path / "out.json"
   arguments = [*tiny_target, "--prompt=owl", f"--json={output}", "--mode=auto"]
@@ -505,6 +507,7 @@ def test_auto_says_what_it_took(tiny_target, tmp_path, capsys):
   assert f"({told}, prefill" in out
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_answer_closing_line_and_json(tiny_target, tmp_path, capsys):
   output = tmp_path / "new" / "out.json"
   arguments = [*tiny_target, "--prompt=owl", f"--json={output}"]

@@ -10,13 +10,23 @@ import tiny
 from d2sd_jax import POLICIES, Models, Sampling, TreeConfig, generate
 
 
-@pytest.mark.parametrize("mode", ["ar", "prompt_lookup", "dflash"])
+@pytest.mark.parametrize(
+  "mode",
+  [
+    pytest.param("ar", marks=pytest.mark.slow),
+    pytest.param("prompt_lookup", marks=pytest.mark.slow),
+    "dflash",
+  ],
+)
 def test_no_mode_copies_a_cache(mode):
   """`tests/test_aot.py` looks at other devices, and at one mode."""
   drafters = (tiny.drafter(tiny.DFLASH, 1), tiny.drafter(tiny.VP, 2))
   drafters = drafters[: POLICIES[mode].num_drafters]
   models = Models(target=tiny.target(0), drafters=drafters)
-  state = tiny.start(models, [[3, 9, 4]], max_new=[9], capacity=37)
+  start = lambda models: tiny.start(
+    models, [[3, 9, 4]], max_new=[9], capacity=37
+  )
+  state = jax.eval_shape(start, models)
   config = TreeConfig(block_size=4, num_branches=2)
   hlo = generate.lower(
     models, state, Sampling.create(), jnp.int32(9), mode=mode, config=config

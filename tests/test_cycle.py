@@ -178,6 +178,7 @@ def test_a_finished_row_goes_through_unchanged():
   ]
 
 
+@pytest.mark.slow
 def test_11_the_mask_id_is_a_token_like_any_other_in_the_output():
   prompts = [[27, 28], [MASK], [29, MASK]]
   for mode in POLICIES:
@@ -317,7 +318,15 @@ def test_the_state_is_donated():
   assert all(x.is_deleted() for x in jax.tree.leaves(state.drafter_caches))
 
 
-@pytest.mark.parametrize("mode", list(POLICIES))
+@pytest.mark.parametrize(
+  "mode",
+  [
+    mode
+    if mode in ("ar", "prompt_lookup", "d2sd")
+    else pytest.param(mode, marks=pytest.mark.slow)
+    for mode in POLICIES
+  ],
+)
 @pytest.mark.parametrize("step", [1, 4])
 def test_streaming_gives_what_generating_gives(mode, step):
   for models, prompts, max_new, sampling in _runs():

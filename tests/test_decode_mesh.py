@@ -64,6 +64,7 @@ def _case(target, mesh, mode, sampling=None, **more):
   }
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_the_mesh():
   found = _check(
     [
@@ -79,6 +80,7 @@ def test_tokens_do_not_depend_on_the_mesh():
   assert len(lengths) > 2
 
 
+@pytest.mark.slow
 def test_matrices_stored_transposed_are_split_alike():
   _check(
     [
@@ -183,9 +185,10 @@ def test_bad_meshes(values, told):
 @pytest.mark.parametrize(
   ("mesh", "told"),
   [
-    (
+    pytest.param(
       "tensor:2",
       "mesh axis tensor=2: expected a divisor of the 9 query heads:",
+      marks=pytest.mark.slow,
     ),
     ("tensor:6", "mesh='tensor:6': expected data:4 or another product up to 4"),
   ],
@@ -276,6 +279,7 @@ def _check_processes(folder, count, devices, mesh):
   assert not (folder / "part1.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_decode_as_one_device_does(tmp_path):
   _check_processes(tmp_path, 2, 2, "data:2,tensor:2")
 
@@ -286,6 +290,7 @@ def test_four_processes_decode_as_one_device_does(tmp_path, mesh):
   _check_processes(tmp_path, 4, 2 if mesh == "data:4,tensor:2" else 1, mesh)
 
 
+@pytest.mark.slow
 def test_processes_that_would_decode_differently_say_so(tmp_path):
   scripts = Scripts(tmp_path)
   mesh = "--mesh=data:2,tensor:2"

@@ -24,6 +24,7 @@ def test_shipped_drafters_fit_the_default_target(role):
   assert drafter.config.mask_token_id == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_compare_is_lossless_and_drafts_are_accepted(
   smollm2_path, tmp_path, temperature

@@ -23,6 +23,8 @@ from d2sd_jax.evaluation import (
 )
 from d2sd_jax.sampling import sampling_scores
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
   ("tokens", "kept"),
@@ -137,7 +139,7 @@ def test_choice_margin_is_that_of_the_scores(temperature):
   prefill = jax.jit(lambda tokens: target.prefill(tokens, lengths, ()))
   logits = prefill(jnp.asarray([tokens])).logits[:, None]
   # The token to be chosen stands at the position after the last one.
-  noisy = sampling_scores(logits, lengths[:, None], ids, sampling)
+  noisy = jax.jit(sampling_scores)(logits, lengths[:, None], ids, sampling)
   scores = np.sort(np.asarray(noisy if temperature else logits).ravel())
   margin = choice_margin(target, tokens, 6, sampling, pad_to=8)
   np.testing.assert_allclose(margin, scores[-1] - scores[-2], atol=1e-4)

@@ -12,6 +12,8 @@ import tiny
 from d2sd_jax.models import experts
 from d2sd_jax.models.experts import mix_experts, route
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _CONFIG = tiny.GPT_OSS
 
 
@@ -36,10 +38,11 @@ def _expected(rows, seed=0):
 def test_outputs(count, scale, monkeypatch):
   monkeypatch.setattr(experts, "MAX_ROWS", 10)
   rows = _rows(count, scale)
-  got = jax.jit(mix_experts)(_layer(), rows)
+  mix = jax.jit(mix_experts)
+  got = mix(_layer(), rows)
   np.testing.assert_allclose(got, _expected(rows), rtol=1e-4, atol=1e-4)
   # The leading axes are the caller's.
-  shaped = mix_experts(_layer(), rows[None, :, None])
+  shaped = mix(_layer(), rows[None, :, None])
   np.testing.assert_allclose(shaped[0, :, 0], got, rtol=1e-4, atol=1e-4)
 
 
@@ -90,5 +93,5 @@ def test_shares_are_a_softmax_over_the_chosen_alone():
 def test_bfloat16_stays_bfloat16():
   layer = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _layer())
   for count in (1, 9):
-    got = mix_experts(layer, jnp.asarray(_rows(count), jnp.bfloat16))
+    got = jax.jit(mix_experts)(layer, jnp.asarray(_rows(count), jnp.bfloat16))
     assert got.dtype == jnp.bfloat16

@@ -10,6 +10,8 @@ from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.linear import few_rows, linear
 from d2sd_jax.kernels.transposed import Transposed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Pallas's GPU interpreter came with jax 0.11, and that wants Python 3.12.
 needs_kernels = pytest.mark.skipif(
   not hopper.has_kernels(), reason="needs jax 0.11 or newer"
@@ -22,7 +24,10 @@ needs_kernels = pytest.mark.skipif(
   [
     # Blocks of all rows and of some, of which the last has fewer.
     (16, 128, 32, {}, {}),
-    (24, 192, 64, {"rows": 16}, {"normed": True, "gated": True}),
+    pytest.param(
+      *(24, 192, 64, {"rows": 16}, {"normed": True, "gated": True}),
+      marks=pytest.mark.slow,
+    ),
     # Fewer stages than steps, and strips of two tiles.
     (40, 256, 64, {"stages": 2, "rows": 24}, {"normed": True, "added": True}),
     (8, 192, 64, {"stages": 2, "strip": 32}, {"added": True}),
@@ -30,8 +35,14 @@ needs_kernels = pytest.mark.skipif(
     # Warpgroups, of which the last has a step fewer. (Three that wait would
     # hold all threads of a CPU of two cores, and the interpreter would stop.)
     (16, 320, 64, {"warpgroups": 2, "stages": 1}, {"added": True}),
-    (8, 320, 64, {"warpgroups": 2, "stages": 2}, {"normed": True}),
-    (24, 192, 64, {"warpgroups": 2}, {"normed": True, "gated": True}),
+    pytest.param(
+      *(8, 320, 64, {"warpgroups": 2, "stages": 2}, {"normed": True}),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *(24, 192, 64, {"warpgroups": 2}, {"normed": True, "gated": True}),
+      marks=pytest.mark.slow,
+    ),
     # Rows that are no whole chunk.
     (5, 128, 96, {}, {"normed": True, "gated": True, "added": True}),
   ],

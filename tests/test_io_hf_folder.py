@@ -128,6 +128,7 @@ except UsageError as error:
 """
 
 
+@pytest.mark.slow
 def test_each_device_reads_its_own_part(tmp_path):
   folder = write_target(tmp_path / "target", shards=2)
   flag = "--xla_force_host_platform_device_count=4"
@@ -390,6 +391,7 @@ def folders(tmp_path):
   return target, tmp_path / "drafter0", tmp_path / "drafter1"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_one_command_for_folders(folders, tmp_path, monkeypatch, capsys):
   import decode
@@ -438,6 +440,7 @@ def test_the_door_takes_gguf_files_too(tmp_path, monkeypatch):
   assert load_tokenizer(tmp_path) == path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_load_bench_runs(tmp_path, monkeypatch, capsys):
   from d2sd_jax.io import load_bench

@@ -79,6 +79,7 @@ def run(tmp_path, monkeypatch):
   return script
 
 
+@pytest.mark.slow
 def test_rows_are_added_and_never_lost(run, tmp_path, capsys):
   out = tmp_path / "new" / "r.json"
   one = ("--policies=ar,d2sd", "--sets=mt_bench", "--timing_prompts=0")

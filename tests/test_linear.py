@@ -13,6 +13,8 @@ from d2sd_jax.kernels.linear import few_rows, linear, lone_row
 from d2sd_jax.kernels.quantized import quantize
 from d2sd_jax.kernels.transposed import Transposed
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPS = 0.25
 # Normed, gated, added to.
 AROUND = (

@@ -198,6 +198,7 @@ def _check_history(case, state, mode, config):
   return accepted[:, :cycles]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "family"),
   [
@@ -347,8 +348,13 @@ def _first_match(tree, row, plan, start):
 @pytest.mark.parametrize(
   ("name", "family"),
   [
-    *((name, "qwen3") for name in _CONFIGS),
-    ("longer second, budget", "gpt_oss"),
+    ("all branches", "qwen3"),
+    *(
+      pytest.param(name, "qwen3", marks=pytest.mark.slow)
+      for name in _CONFIGS
+      if name != "all branches"
+    ),
+    pytest.param("longer second, budget", "gpt_oss", marks=pytest.mark.slow),
   ],
 )
 def test_planted_drafts(name, family):
@@ -445,11 +451,13 @@ _OTHERS = {
 @pytest.mark.parametrize(
   ("mode", "name"),
   [
-    ("prompt_lookup", "longer second, budget"),
+    pytest.param(
+      "prompt_lookup", "longer second, budget", marks=pytest.mark.slow
+    ),
     ("dflash_samples", "longer second, budget"),
-    ("reuse", "no repeats"),
-    ("d2sd_3", "no repeats"),
-    ("d2sd_3", "longer second, budget"),
+    pytest.param("reuse", "no repeats", marks=pytest.mark.slow),
+    pytest.param("d2sd_3", "no repeats", marks=pytest.mark.slow),
+    pytest.param("d2sd_3", "longer second, budget", marks=pytest.mark.slow),
   ],
 )
 def test_other_modes(mode, name):
@@ -534,6 +542,7 @@ def _sweep(config, target=tiny.TARGET):
     yield case, _planted(case, plan, wrong, never, doubt), tokens, plan
 
 
+@pytest.mark.slow
 def test_a_row_does_not_know_its_batch():
   """Any order, any company, any batch size: the prompt's index decides."""
   config = _CONFIGS["all branches"]

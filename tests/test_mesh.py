@@ -337,6 +337,7 @@ def test_no_activations_travel():
       assert reduced == {(), (4,)}, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device_does(tmp_path):
   steps = {"log_every": 4, "eval_every": 8, "checkpoint_every": 8}
   runs = Runs(tmp_path, num_steps=8, **steps)

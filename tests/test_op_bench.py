@@ -7,6 +7,8 @@ import pytest
 from d2sd_jax import UsageError, cli
 from d2sd_jax.kernels.cascade_attention import bench
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _TINY = {
   "used": 0.5,
   "kv-heads": 2,

@@ -124,7 +124,13 @@ class _Fading:
 
 
 @pytest.mark.parametrize(
-  ("mode", "levels"), [("dflash", 1), ("reuse", 2), ("d2sd", 2), ("d2sd_3", 3)]
+  ("mode", "levels"),
+  [
+    pytest.param("dflash", 1, marks=pytest.mark.slow),
+    pytest.param("reuse", 2, marks=pytest.mark.slow),
+    pytest.param("d2sd", 2, marks=pytest.mark.slow),
+    ("d2sd_3", 3),
+  ],
 )
 def test_every_level_goes_on_where_the_one_before_failed(mode, levels):
   count = POLICIES[mode].num_drafters
@@ -141,7 +147,9 @@ def test_every_level_goes_on_where_the_one_before_failed(mode, levels):
   assert state.origins[0, 2 : 2 + 2 * levels].tolist() == drafted
 
 
-@pytest.mark.parametrize("forbid", [False, True])
+@pytest.mark.parametrize(
+  "forbid", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_third_level(forbid):
   # Anchor 10 at index 3. The first draft errs at index 4, the second one at
   # index 6, where a third, of the same drafter, would err again.
@@ -219,13 +227,15 @@ def test_samples_follow_the_marginals_and_not_the_targets_noise():
   logits = jnp.log(jnp.array([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]]]))
   positions, ids = jnp.array([[4, 5]]), jnp.array([3])
   key = draft_key(jnp.uint32(7))
-  drawn = np.asarray(draft_samples(logits, positions, ids, key, 4000))
+  draw = jax.jit(draft_samples, static_argnums=4)
+  drawn = np.asarray(draw(logits, positions, ids, key, 4000))
   assert drawn.shape == (1, 4000, 2)
   for slot, expected in enumerate([(0.6, 0.3, 0.1), (0.2, 0.2, 0.6)]):
     share = np.bincount(drawn[0, :, slot], minlength=3) / 4000
     np.testing.assert_allclose(share, expected, atol=0.03)
   # On the same logits the target's own choices agree by chance alone.
   flat, positions = jnp.zeros((1, 200, 50)), jnp.arange(200)[None]
-  draws = draft_samples(flat, positions, ids, key, 1)[0, 0]
-  chosen = sample(flat, positions, ids, Sampling.create(1.0, seed=7))[0]
+  draws = draw(flat, positions, ids, key, 1)[0, 0]
+  chosen = jax.jit(sample)(flat, positions, ids, Sampling.create(1.0, seed=7))
+  chosen = chosen[0]
   assert (draws == chosen).mean() < 0.1

@@ -188,7 +188,15 @@ def check_identities(answers):
     assert answer.tokens[:1] + later == answer.tokens
 
 
-@pytest.mark.parametrize("mode", POLICIES)
+@pytest.mark.parametrize(
+  "mode",
+  [
+    mode
+    if mode in ("ar", "d2sd")
+    else pytest.param(mode, marks=pytest.mark.slow)
+    for mode in POLICIES
+  ],
+)
 def test_ragged_batches(mode):
   session = make_session(mode)
   assert [len(batch) for batch in session.batches()] == [2, 1]
@@ -200,6 +208,7 @@ def test_ragged_batches(mode):
   assert [a.tokens for a in answers] == [a.tokens for a in decode_all("ar")]
 
 
+@pytest.mark.slow
 def test_one_prompt_size_and_another_temperature():
   build = lambda sampling, **sizes: Session(
     Models(target=tiny.target()),

@@ -37,6 +37,16 @@ _DATA = Path(__file__).parent / "data"
 _TINY = pytest.mark.parametrize(
   "name", ["tiny_qwen3", "tiny_llama", "tiny_llama3", "tiny_gpt_oss"]
 )
+# The two that differ most.
+_TWO_TINY = pytest.mark.parametrize(
+  "name",
+  [
+    "tiny_qwen3",
+    pytest.param("tiny_llama", marks=pytest.mark.slow),
+    pytest.param("tiny_llama3", marks=pytest.mark.slow),
+    "tiny_gpt_oss",
+  ],
+)
 _CYCLES = jnp.int32(10**6)
 
 
@@ -61,7 +71,7 @@ def test_prefill_gives_the_recorded_logits_and_layer_outputs(name):
   print(f"{name}: logits {logits:.1e}, features {features:.1e}")
 
 
-@_TINY
+@_TWO_TINY
 def test_taps_are_the_layers_asked_for_in_their_order(name):
   golden = _golden(name)
   config, tensors = goldens.target(golden)
@@ -76,19 +86,28 @@ def test_taps_are_the_layers_asked_for_in_their_order(name):
     )
 
 
-@_TINY
+@_TWO_TINY
 def test_trees_over_recorded_text_have_the_recorded_logits(name):
   print(f"{name}: {goldens.check_tree(_golden(name)):.1e}")
 
 
-@_TINY
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("tiny_qwen3", marks=pytest.mark.slow),
+    pytest.param("tiny_llama", marks=pytest.mark.slow),
+    pytest.param("tiny_llama3", marks=pytest.mark.slow),
+    "tiny_gpt_oss",
+  ],
+)
 def test_greedy_continuation_is_the_recorded_one(name):
   goldens.check_greedy(_golden(name))
 
 
 def _tree():
   """Two rows of 2 branches, one with unused nodes."""
-  tree = build_prefix_tree(
+  build = jax.jit(build_prefix_tree, static_argnums=3)
+  tree = build(
     jnp.array([[5, 6, 7, 8], [9, 10, 11, 12]]),
     jnp.array(
       [
@@ -114,8 +133,14 @@ _LINEAR = LinearScaling(factor=3.0)
     dataclasses.replace(tiny.TARGET, qk_norm=False, rope_scaling=_LINEAR),
     tiny.GPT_OSS,
     # As many experts as a few rows choose: all are looked at in every pass.
-    dataclasses.replace(tiny.GPT_OSS, num_experts=3, windows=(1, 4, 7)),
-    dataclasses.replace(tiny.GPT_OSS, num_experts=47, windows=(5, 6, None)),
+    pytest.param(
+      dataclasses.replace(tiny.GPT_OSS, num_experts=3, windows=(1, 4, 7)),
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      dataclasses.replace(tiny.GPT_OSS, num_experts=47, windows=(5, 6, None)),
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=["qwen3", "tied", "linear", "gpt_oss", "3 experts", "47 experts"],
 )
@@ -320,6 +345,7 @@ def test_default_taps(num_layers, num_taps, expected):
   assert default_target_layer_ids(num_layers, num_taps) == expected
 
 
+@pytest.mark.slow
 def test_smollm2_is_the_recorded_model(smollm2_path):
   golden = _golden("smollm2_golden")
   target = load_target(smollm2_path)

@@ -42,7 +42,7 @@ def _split(table, axis):
 
 def _on_devices(function, *shares):
   """What each device gives; they must agree."""
-  given = jax.vmap(function, axis_name=_AXIS)(*shares)
+  given = jax.jit(jax.vmap(function, axis_name=_AXIS))(*shares)
   for leaf in jax.tree.leaves(given):
     np.testing.assert_array_equal(leaf[0], leaf[1])
     np.testing.assert_array_equal(leaf[0], leaf[2])
@@ -108,7 +108,7 @@ def test_the_same_token_is_sampled(filters):
     sampling=sampling,
   )
   got = _on_devices(lambda x: draw(_barred(x), axis=_AXIS), _split(logits, 2))
-  expected = np.asarray(draw(logits))
+  expected = np.asarray(jax.jit(draw)(logits))
   np.testing.assert_array_equal(got, expected)
   # Noise matters, or nothing was shown.
   assert (expected != logits.argmax(-1)).mean() > 0.3
@@ -119,11 +119,11 @@ def test_what_filters_keep():
   keep = lambda x, axis=None: filter_logits(
     x, jnp.int32(11), jnp.float32(0.8), axis
   )
-  shares = jax.vmap(lambda x: keep(_barred(x), _AXIS), axis_name=_AXIS)(
-    _split(logits, 1)
-  )
+  shares = jax.jit(
+    jax.vmap(lambda x: keep(_barred(x), _AXIS), axis_name=_AXIS)
+  )(_split(logits, 1))
   got = np.moveaxis(np.asarray(shares), 0, 1).reshape(6, -1)
-  np.testing.assert_array_equal(got[:, :_VOCAB], keep(logits))
+  np.testing.assert_array_equal(got[:, :_VOCAB], jax.jit(keep)(logits))
   assert np.isneginf(got[:, _VOCAB:]).all()
 
 
@@ -134,7 +134,7 @@ def test_drafts_that_are_drawn():
     x, np.arange(20).reshape(4, 5), np.arange(4), key, 3, axis
   )
   got = _on_devices(lambda x: draw(_barred(x), _AXIS), _split(logits, 2))
-  np.testing.assert_array_equal(got, draw(logits))
+  np.testing.assert_array_equal(got, jax.jit(draw)(logits))
   assert len({tuple(row) for row in got[0]}) == 3
 
 

@@ -143,6 +143,7 @@ def test_trains_exports_and_resumes(run, tmp_path, target, monkeypatch):
   assert _export(tmp_path / "stopped") == _export(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_first_drafter_may_move_but_not_change(run, tmp_path):
   assert run("first", role="dflash", num_steps=2)[0] == 0
   first = tmp_path / "first" / "export"

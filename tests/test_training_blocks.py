@@ -339,7 +339,8 @@ def test_training_and_decoding_agree(role):
   block = np.full((6, 1, config.block_size), config.mask_token_id)
   for i, (row, anchor, n) in enumerate(zip(rows, anchors, shown, strict=True)):
     block[i, 0, : n + 1] = _TOKENS[row, anchor : anchor + n + 1]
-  decoded = denoise(models, state, index, jnp.asarray(block))[:, 0]
+  draft = jax.jit(denoise, static_argnums=2)
+  decoded = draft(models, state, index, jnp.asarray(block))[:, 0]
   np.testing.assert_allclose(
     trained[rows, columns], decoded, rtol=2e-4, atol=2e-4
   )
@@ -359,14 +360,20 @@ def test_the_teacher_speaks_of_each_slots_own_token(role):
     config.block_size,
     config.mask_token_id,
   )
-  features = target_features(target, batch, config, distill=True)
-  teacher = teacher_of(target, features, blocks)
-  logits = teacher.head(teacher.hidden)
+
+  @jax.jit
+  def taught(target, blocks):
+    features = target_features(target, batch, config, distill=True)
+    teacher = teacher_of(target, features, blocks)
+    return teacher.head(teacher.hidden)
+
+  logits = taught(target, blocks)
   assert logits.shape == (2, 3, config.block_size - 1, 61)
   for row, block, slot in ((0, 0, 1), (0, 2, 3), (1, 1, 4), (1, 0, 2)):
     position = int(_ANCHORS[row, block]) + slot
     before = jnp.asarray(_TOKENS[row : row + 1, :position], jnp.int32)
-    expected = target.prefill(before, jnp.array([position]), ()).logits[0]
+    prefill = jax.jit(type(target).prefill, static_argnums=3)
+    expected = prefill(target, before, jnp.array([position]), ()).logits[0]
     np.testing.assert_allclose(
       logits[row, block, slot - 1], expected, rtol=1e-4, atol=1e-4
     )
@@ -392,8 +399,13 @@ def test_a_prefix_ends_where_drafter_1_first_fails():
     config.block_size,
     config.mask_token_id,
   )
-  features = target_features(target, batch, config)
-  found = failing_prefixes(drafter.fuse(), target, features, blocks)
+
+  @jax.jit
+  def failing(drafter, target, blocks):
+    features = target_features(target, batch, config)
+    return failing_prefixes(drafter.fuse(), target, features, blocks)
+
+  found = failing(drafter, target, blocks)
   assert found[:, 2].tolist() == [2, config.block_size - 1]
   # And all blocks, against the drafts themselves.
   drafted = np.array(_run(drafter, target, tokens, nothing).argmax(-1))

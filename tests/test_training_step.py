@@ -132,6 +132,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(records, tmp_path):
   _assert_same(resumed, straight)
 
 
+@pytest.mark.slow
 def test_a_first_drafter_moves_a_share_of_the_prefixes(records):
   dataset = make_dataset(records, _CONFIG.batch_size, _CONFIG.seed)
   first = tiny.drafter(tiny.DFLASH).fuse()
@@ -156,6 +157,7 @@ def test_a_first_drafter_moves_a_share_of_the_prefixes(records):
   assert always[0] != prior[0]
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_drafter_nearer_to_the_target(records):
   dataset = make_dataset(records, _CONFIG.batch_size, _CONFIG.seed)
   config = dataclasses.replace(

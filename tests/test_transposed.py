@@ -61,6 +61,7 @@ def test_products(rows, dtype):
   np.testing.assert_allclose(got, exact, 2 * tolerance, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("config", [tiny.TARGET, tiny.GPT_OSS])
 def test_decoding(stored, config, int8):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from d2sd_jax import TreeConfig, UsageError, ancestor_mask, build_prefix_tree
 from d2sd_jax.tree import chain_tree, merge_paths
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 _jit_build = jax.jit(build_prefix_tree, static_argnames="num_nodes")
 _jit_merge = jax.jit(merge_paths, static_argnames=("num_nodes", "origins"))
 _jit_ancestors = jax.jit(ancestor_mask)
@@ -144,7 +146,7 @@ def test_default_tree_uses_at_most_70_nodes():
   assert (config.most_nodes, config.num_nodes) == (70, 72)
   early = jnp.array([[2, 0, 3, 1], [14, 11, 13, 12]])
   trunk = jnp.arange(32).reshape(2, 16)
-  tree = build_prefix_tree(trunk, jnp.zeros((2, 4, 16), int), early, 70)
+  tree = _build(trunk, jnp.zeros((2, 4, 16), int), early, 70)
   assert tree.valid.sum(axis=1).tolist() == [70, 16 + 1 + 2 + 3 + 4]
 
 

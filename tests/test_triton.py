@@ -23,6 +23,8 @@ from d2sd_jax.kernels.write_all import fits
 from d2sd_jax.models.cache import KVCache, commit_path
 from d2sd_jax.timing import custom_calls
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(
   params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -188,9 +190,10 @@ def test_a_lone_nodes_gradient_is_that_of_xla():
     out = cascade_attention(*arrays, prefix_end=ends, implementation=name)
     return (out.astype(jnp.float32) ** 2).sum()
 
+  slope = jax.jit(jax.grad(loss), static_argnums=1)
   with triton.interpreter():
-    got = jax.grad(loss)(arrays, "lone_node")
-  for x, y in zip(got, jax.grad(loss)(arrays, "xla"), strict=True):
+    got = slope(arrays, "lone_node")
+  for x, y in zip(got, slope(arrays, "xla"), strict=True):
     np.testing.assert_allclose(*map(np.float64, (x, y)), 2**-5, 2**-5)
 
 
@@ -265,6 +268,7 @@ def _decode(mode, config=tiny.TARGET, dtype=jnp.float32):
   return tiny.answers(state, prompts)
 
 
+@pytest.mark.slow
 def test_decoding(request):
   expected = _decode("ar")
   names = request.getfixturevalue("interpreted")

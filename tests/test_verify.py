@@ -107,6 +107,6 @@ def test_a_choice_is_keyed_by_the_position_of_the_token_chosen():
   ids = jnp.array([7, 3])
   sampling = Sampling.create(temperature=1.0, seed=11)
   np.testing.assert_array_equal(
-    target_choices(logits, positions, ids, sampling),
-    sample(logits, positions + 1, ids, sampling),
+    jax.jit(target_choices)(logits, positions, ids, sampling),
+    jax.jit(sample)(logits, positions + 1, ids, sampling),
   )

@@ -70,6 +70,7 @@ def test_all_rows_in_order():
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 def test_a_cycle_by_the_tpu_kernels_is_the_cycle_by_xla():
   # One layer each: three kernels of attention, and three that write.
   small = {"num_layers": 1, "num_target_layers": 1, "target_layer_ids": (0,)}
