@@ -27,7 +27,10 @@ def pytest_xdist_auto_num_workers(config):
   A selection starts faster without any, and two processes cannot compile
   for TPUs at once.
   """
-  selected = config.option.keyword or config.option.file_or_dir
+  # `--help` has no files.
+  selected = config.option.keyword or getattr(
+    config.option, "file_or_dir", None
+  )
   alone = selected or config.option.markexpr == "aot"
   return 0 if alone else min(4, os.cpu_count() or 1)
 

@@ -399,6 +399,7 @@ def on_a_mesh(tmp_path_factory):
   return rows, told
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_row_is_one_devices(on_a_mesh, config):
   rows, _ = on_a_mesh
   assert not any("failed" in row for row in rows.values())
@@ -420,6 +421,7 @@ def test_on_a_mesh_every_row_is_one_devices(on_a_mesh, config):
   assert row["implementations"]["target"] == "xla"
 
 
+@pytest.mark.slow
 def test_on_a_mesh_exchanges_are_those_that_were_counted(on_a_mesh):
   rows, _ = on_a_mesh
   for name, row in rows.items():
@@ -437,6 +439,7 @@ def test_on_a_mesh_exchanges_are_those_that_were_counted(on_a_mesh):
   assert verified["floor_ms"] > verified["collectives_ms"] > 0
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_fit_is_refused_in_a_line(on_a_mesh):
   _, told = on_a_mesh
   assert [line for line in told if line.isdigit()] == list("022222")
