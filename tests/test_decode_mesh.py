@@ -100,7 +100,7 @@ def test_planted_drafts_are_accepted_on_a_mesh():
   assert {1, 2, 3, 5} <= counts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["2 of 8", "3 of 24", "8 of 24"])
 @pytest.mark.parametrize("mode", ["ar", "dflash", "d2sd"])
 def test_tokens_on_many_meshes(target, mode):
