@@ -19,13 +19,14 @@ from d2sd_jax.kernels.device import compiler_options
 
 # Takes models, what the step before returned, and inputs that stay.
 Step = Callable[[Any, Any, Any], Any]
-# What a compiled program calls when a kernel of ours, or cuDNN's, is in it.
+# What a compiled program calls when a kernel of ours, or cuDNN's, is in it, or
+# an exchange.
 _OWN = ("lone_node", "lone_row", "few_rows", "streamed")
 _MARKS = {
   "cudnn": "cudnn",
   "mosaic_gpu": "cascade_attention",
   "mosaic_tpu": "tpu_custom_call",
-  **{name: name for name in _OWN},
+  **{name: name for name in (*_OWN, "all-reduce", "all-gather")},
 }
 # What devices exchange; where it waits somewhere else, it is but started.
 _COLLECTIVES = re.compile(r"\s(all-reduce|all-gather)(?:-start)?\(")
@@ -83,31 +84,24 @@ class Timing:
   def check_ran(self, uses: Sequence[Use]) -> None:
     """Raises `RuntimeError` where the program does not call what it should.
 
-    Each kernel as often as all its uses do, or more; and none of ours that has
-    no use. What XLA makes of the rest has no name.
+    Each kernel or exchange as often as all its uses do, or more: XLA may have
+    merged some or left some out. And no kernel of ours that has no use. What
+    XLA makes of the rest has no name.
 
     Args:
       uses: all of the step's.
     """
+    calls = {**self.custom_calls, **self.collectives}
     for name, mark in _MARKS.items():
       own = [use for use in uses if use.implementation == name]
       wanted = sum(use.times for use in own)
-      called = sum(n for call, n in self.custom_calls.items() if mark in call)
+      called = sum(n for call, n in calls.items() if mark in call)
       if called < wanted or (called and not own and name in _OWN):
         told = ", ".join(use.name for use in own) or "nothing"
         raise RuntimeError(
           f"{told} should run {name}, {wanted} times in all, but the compiled"
           f" program calls it {called} times"
         )
-
-  def check_exchanged(self, kind: str, count: int) -> None:
-    """Raises `RuntimeError` where XLA has left out or merged exchanges."""
-    found = self.collectives.get(kind, 0)
-    if found < count:
-      raise RuntimeError(
-        f"a step should have {count} {kind}, but the compiled program has"
-        f" {found}"
-      )
 
 
 def check_seconds(seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The benchmark of a decode cycle, at sizes a CPU measures in seconds."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
 from d2sd_jax import UsageError, cli, timing
 from d2sd_jax.bench import __main__ as bench
@@ -138,6 +144,10 @@ def test_a_silent_fallback_is_a_failure():
     ran(few_rows=5).check_ran(both)
   with pytest.raises(RuntimeError, match="nothing should run streamed"):
     ran(cascade_attention=5, streamed=1).check_ran([attends])
+  exchanged = dataclasses.replace(ran(), collectives={"all-reduce": 3})
+  exchanged.check_ran([use("sums", "all-reduce", 3)])
+  with pytest.raises(RuntimeError, match="sums should run all-reduce, 4 "):
+    exchanged.check_ran([use("sums", "all-reduce", 4)])
 
 
 @pytest.fixture
@@ -150,14 +160,24 @@ def on_an_h200(monkeypatch):
   monkeypatch.setattr(cell.attention, "default_implementation", attends)
 
 
+def _placed(values, place):
+  """Stands for arrays that lie so."""
+  stand = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(stand, values)
+
+
+def _cell_of_8b(**overrides):
+  """The first of the grid, with no weight in memory."""
+  config = cli.load_config(BenchConfig, "bench_qwen3_8b", overrides)
+  models = jax.eval_shape(functools.partial(random_models, config))
+  models = _placed(models, SingleDeviceSharding(jax.devices()[0]))
+  return cell.Cell(models, config, 1, 1024)
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_what_should_run_on_an_h200(on_an_h200, weights):
   """By each matrix's own size, and as it is stored."""
-  config = cli.load_config(
-    BenchConfig, "bench_qwen3_8b", {"drafter_weights": weights}
-  )
-  models = jax.eval_shape(functools.partial(random_models, config))
-  here = cell.Cell(models, config, 1, 1024)
+  here = _cell_of_8b(drafter_weights=weights)
   names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
   first = "xla" if weights == "int8" else "streamed"
   drafts = (first, first, "xla", first)
@@ -168,34 +188,28 @@ def test_what_should_run_on_an_h200(on_an_h200, weights):
       for name, runs in zip(names, drafts, strict=True)
     ),
   )
-  assert {use.implementation for use in here.target_uses(1)} == {
-    *("mosaic_gpu", "xla")
-  }
+  alone = {use.implementation for use in here.target_uses(1)}
+  assert alone == {"mosaic_gpu", "xla"}
   _, qkv, _, both, down = here.target_uses(80)
   assert (qkv.implementation, down.implementation) == ("streamed", "streamed")
   assert (both.implementation, both.times) == ("xla", 36)
   assert here.context_uses(16)[0] == timing.Use("context fc", first, 2)
 
 
-def test_what_should_run_on_two_h200(on_an_h200):
-  """Half of gate and up, of which a block has a tile each, is one wave."""
-  config = cli.load_config(BenchConfig, "bench_qwen3_8b", {})
-  models = jax.eval_shape(functools.partial(random_models, config))
-  mesh = AbstractMesh((1, 2), ("data", "tensor"))
-  layer = models.target.layers[0]
-  half = lambda spec: (
-    lambda x: jax.ShapeDtypeStruct(
-      *(x.shape, x.dtype), sharding=NamedSharding(mesh, PartitionSpec(*spec))
-    )
-  )
-  for name, spec, runs in (
-    ("gate_up_proj", ("tensor", None), "streamed"),
-    ("gate_up_proj", (None, None), "xla"),
-    ("qkv_proj", ("tensor", None), "streamed"),
+def test_what_should_run_on_four_h200(on_an_h200):
+  """A fourth of q/k/v is too small for the kernel, of gate and up it is not."""
+  here = _cell_of_8b()
+  mesh = AbstractMesh((1, 4), ("data", "tensor"))
+  split = NamedSharding(mesh, PartitionSpec("tensor", None))
+  layer = here.models.target.layers[0]
+  for name, whole, fourth in (
+    ("qkv_proj", "streamed", "xla"),
+    ("gate_up_proj", "xla", "streamed"),
   ):
-    matrix = jax.tree.map(half(spec), getattr(layer, name))
-    here = cell.Cell(models, config, 1, 1024)
-    assert here._product(name, matrix, 80, 1).implementation == runs
+    matrix = getattr(layer, name)
+    assert here._product(name, matrix, 80, 1).implementation == whole
+    part = _placed(matrix, split)
+    assert here._product(name, part, 80, 1).implementation == fourth
 
 
 def test_steps_depend_on_each_other():

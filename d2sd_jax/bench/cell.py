@@ -9,13 +9,17 @@ from jax.sharding import Mesh
 
 from d2sd_jax.bench.collectives import Message
 from d2sd_jax.bench.config import BenchConfig
-from d2sd_jax.bench.floors import Work, device_batch, device_heads
+from d2sd_jax.bench.floors import (
+  Work,
+  device_batch,
+  device_heads,
+  device_shape,
+)
 from d2sd_jax.bench.models import at_places, random_state, random_tree
 from d2sd_jax.decoding.placement import ROWS, WHOLE, model_specs, spread
 from d2sd_jax.decoding.state import DecodeState, Models, state_specs
 from d2sd_jax.kernels.cascade_attention import api as attention
 from d2sd_jax.kernels.linear import api as products
-from d2sd_jax.kernels.quantized import QuantizedMatrix
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.timing import Step, Use
 from d2sd_jax.tree import PrefixTree
@@ -139,28 +143,12 @@ class Cell:
 
   def _product(self, name: str, matrix: Any, nodes: int, times: int) -> Use:
     """A product of so many nodes of each row."""
-    matrix = jax.tree.map(_own_part, matrix)
+    own = lambda x: jax.ShapeDtypeStruct(device_shape(x), x.dtype)
+    matrix = jax.tree.map(own, matrix)
+    # A quantized one has scales, too.
+    (values,) = (x for x in jax.tree.leaves(matrix) if x.ndim == 2)
     count = device_batch(self.batch, self.mesh) * nodes
+    width = values.shape[1 if isinstance(matrix, Transposed) else 0]
     # Of its left side only rows, width and dtype matter.
-    x: Any = jax.ShapeDtypeStruct(
-      (count, _width(matrix)), self.config.dtype_name
-    )
-    gated = name.endswith("gate_up_proj")
-    runs = products.default_implementation(x, matrix, gated=gated)
-    return Use(name, runs, times)
-
-
-def _own_part(array: Any) -> jax.ShapeDtypeStruct:
-  """The part of an array that one device has."""
-  place = getattr(array, "sharding", None)
-  shape = array.shape if place is None else place.shard_shape(array.shape)
-  return jax.ShapeDtypeStruct(shape, array.dtype)
-
-
-def _width(matrix: Any) -> int:
-  """How much a product with the matrix sums over."""
-  turned = isinstance(matrix, Transposed)
-  stored = matrix.stored if turned else matrix
-  if isinstance(stored, QuantizedMatrix):
-    stored = stored.values
-  return stored.shape[1 if turned else 0]
+    x: Any = jax.ShapeDtypeStruct((count, width), self.config.dtype_name)
+    return Use(name, products.default_implementation(x, matrix), times)

@@ -21,7 +21,7 @@ from d2sd_jax.decoding.placement import WHOLE
 from d2sd_jax.decoding.state import Models
 from d2sd_jax.sharding import DATA, TENSOR
 from d2sd_jax.tensor_parallel import best_token, sum_parts
-from d2sd_jax.timing import Timing, time_step
+from d2sd_jax.timing import Timing, Use, time_step
 
 SUM, GATHER = "all-reduce", "all-gather"
 # Messages of one kind in a step.
@@ -113,7 +113,7 @@ def message_timing(config: BenchConfig, mesh: Mesh, message: Message) -> Timing:
     mesh=mesh,
     specs=(WHOLE, OWN, WHOLE),
   )
-  timing.check_exchanged(message.kind, _CHAIN)
+  timing.check_ran([Use("message", message.kind, _CHAIN)])
   times = tuple(time / _CHAIN for time in timing.times)
   return dataclasses.replace(timing, times=times)
 

@@ -46,6 +46,11 @@ def device_batch(batch: int, mesh: Mesh | None) -> int:
   return batch if mesh is None else batch // mesh.shape[DATA]
 
 
+def device_shape(x: Any) -> tuple[int, ...]:
+  """Of the part of an array, or of what stands for one, that a device has."""
+  return x.sharding.shard_shape(x.shape)
+
+
 def device_heads(model: Any, mesh: Mesh | None) -> tuple[int, int]:
   """Query heads and key heads of a model that one device has."""
   split = mesh is not None and model.axis is not None
@@ -132,4 +137,4 @@ def _parameters(weights: Any) -> int:
 
 def _size(x: jax.Array) -> int:
   """Numbers of an array that one device has."""
-  return math.prod(x.sharding.shard_shape(x.shape))
+  return math.prod(device_shape(x))

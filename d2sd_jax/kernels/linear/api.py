@@ -58,7 +58,7 @@ def linear(
     UsageError: no such implementation, or one that cannot run this.
     TypeError, ValueError: the shapes do not fit each other.
   """
-  name = implementation or default_implementation(x, matrix, gated=gated)
+  name = implementation or default_implementation(x, matrix)
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
   if name in _KERNELS:
     kernel = _KERNELS[name]
@@ -74,17 +74,12 @@ def linear(
   return y if residual is None else (residual + y).astype(x.dtype)
 
 
-def default_implementation(
-  x: Array, matrix: Array | Transposed, *, gated: bool = False
-) -> str:
+def default_implementation(x: Array, matrix: Array | Transposed) -> str:
   """What runs where none is forced: a kernel that wins here, or `xla`.
 
   Args:
     x: as for `linear`; shapes and dtypes are enough.
     matrix: likewise.
-    gated: as for `linear`.
   """
-  for name, kernel in _KERNELS.items():
-    if kernel.wins(x, matrix, gated=gated):
-      return name
-  return "xla"
+  names = (name for name, kernel in _KERNELS.items() if kernel.wins(x, matrix))
+  return next(names, "xla")

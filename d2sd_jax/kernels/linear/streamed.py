@@ -63,24 +63,23 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
   return None
 
 
-def wins(x: Array, matrix: Array | Transposed, *, gated: bool = False) -> bool:
+def wins(x: Array, matrix: Array | Transposed) -> bool:
   """Whether this is the default: where it can run and was faster by much.
 
-  That is for more rows than a chunk, and matrices that are not `few_rows`',
-  whose result has a quarter of a tile to a whole one for each multiprocessor:
-  of fewer some would idle, of more some wait for the others' second tiles.
+  That is for more rows than a chunk, and matrices that are not `few_rows`', of
+  a quarter of a tile to a whole one for each multiprocessor: of fewer some
+  would idle, of more some wait for the others' second tiles. (Both halves of a
+  gated product count.)
 
   Args:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
-    gated: as for `api.linear`.
   """
   if why_not(x, matrix) is not None:
     return False
   stored: Array = matrix.stored  # type: ignore[union-attr]
-  tiles = stored.shape[0] // (TILE * (2 if gated else 1))
+  tiles, large = stored.shape[0] // TILE, stored.size > few_rows.MOST_ELEMENTS
   one_wave = hopper.MULTIPROCESSORS <= 4 * tiles <= 4 * hopper.MULTIPROCESSORS
-  large = stored.size > few_rows.MOST_ELEMENTS
   return large and one_wave and x.size > _XLA_ROWS * x.shape[-1]
 
 
