@@ -28,15 +28,17 @@ from d2sd_jax.bench.floors import (
   draft_work,
   target_work,
 )
-from d2sd_jax.decoding.cycle import commit, decode_cycle
+from d2sd_jax.decoding.cycle import commit, decode_cycle, score
 from d2sd_jax.decoding.placement import ROWS, WHOLE, cache_spec
 from d2sd_jax.decoding.policies import POLICIES, draft_block, redraft
 from d2sd_jax.decoding.state import DecodeState, Models
+from d2sd_jax.models.cache import commit_path
 from d2sd_jax.models.target import TargetOutput
 from d2sd_jax.sampling import Sampling
 from d2sd_jax.sharding import TENSOR
 from d2sd_jax.timing import Step, Use
-from d2sd_jax.verify import longest_accepted_path, target_choices
+from d2sd_jax.tree import PrefixTree
+from d2sd_jax.verify import Verdict, longest_accepted_path
 
 
 def autoregressive(cell: Cell) -> Piece:
@@ -192,23 +194,37 @@ def _second_messages(cell: Cell) -> Mapping[Message, int]:
 
 
 def verification(nodes: int) -> Callable[[Cell], Piece]:
-  """The target's pass over so many nodes, its choices and the best path."""
+  """The target's pass over so many nodes, its choices and the best path.
+
+  The path's keys and values go into the target's cache, as in a cycle: if all
+  nodes' were kept, they would first be cut out of the products.
+  """
 
   def piece(cell: Cell) -> Piece:
     state = cell.state(cell.models)
     tree = cell.tree(nodes)
-    step = lambda models, carry, _: _verify(models, carry, cell.config)
-    shapes = jax.eval_shape(_verifying(cell), cell.models, state, tree)[1]
-    kept = cell.put(
-      jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-      _kept_specs(cell),
+    _, scores, verdict = jax.eval_shape(
+      _verifying(cell), cell.models, state, tree
     )
+    kept = jax.tree.map(
+      lambda s: jnp.zeros(s.shape, s.dtype), (scores.features, verdict)
+    )
+
+    def step(models, carry, _):
+      state, tree, _ = carry
+      tree, scores, verdict = _verify(models, state, tree, cell.config)
+      # See `commit`.
+      starts = state.lengths + jnp.minimum(verdict.next_anchor, 0)
+      written = commit_path(state.target_cache, scores.kv, verdict.path, starts)
+      state = dataclasses.replace(state, target_cache=written)
+      return state, tree, (scores.features, verdict)
+
     return Piece(
       step=step,
       models=cell.models,
-      carry=(state, tree, kept),
+      carry=(state, tree, cell.put(kept, ROWS)),
       inputs=None,
-      specs=cell.specs(cell.models, (ROWS, _kept_specs(cell))),
+      specs=cell.specs(cell.models, (ROWS, ROWS)),
       messages=target_messages(cell.models, cell.batch, nodes),
       works=(target_work(cell.models, cell.batch, nodes, cell.used),),
       uses=cell.target_uses(nodes),
@@ -217,69 +233,50 @@ def verification(nodes: int) -> Callable[[Cell], Piece]:
   return piece
 
 
-def _verify(models: Models, carry: Any, config: BenchConfig) -> Any:
-  """Scores the tree; its next tokens are the target's choices."""
-  state, tree, _ = carry
-  scores = models.target.score_tree(
-    tree, state.target_cache, state.lengths, models.taps
-  )
-  positions = state.lengths[:, None] + tree.depths
-  choices = target_choices(
-    scores.logits,
-    positions,
-    state.sequence_ids,
-    Sampling.create(),
-    models.axis,
-  )
+def _verify(
+  models: Models, state: DecodeState, tree: PrefixTree, config: BenchConfig
+) -> tuple[PrefixTree, TargetOutput, Verdict]:
+  """A tree whose tokens are the target's choices; its pass; the best path."""
+  choices, scores = score(models, state, Sampling.create(), tree)
   verdict = longest_accepted_path(tree, choices, config.tree.branch_size)
-  tree = dataclasses.replace(tree, tokens=choices)
-  # What a commit would read must be there; logits it never sees.
-  return state, tree, (scores.features, scores.kv, verdict)
+  return dataclasses.replace(tree, tokens=choices), scores, verdict
 
 
-def _kept_specs(cell: Cell) -> Any:
-  """Where features, keys and values, and the verdict lie."""
-  return ROWS, cache_spec(cell.models.target), ROWS
+def _scores_specs(cell: Cell) -> TargetOutput:
+  """Where a pass of the target leaves what."""
+  kv: Any = cache_spec(cell.models.target)
+  return TargetOutput(logits=ROWS, features=ROWS, kv=kv)  # type: ignore[arg-type]
 
 
 def _verifying(cell: Cell) -> Callable[..., Any]:
-  """The next tree and what is kept, of models, a state and a tree."""
+  """`_verify` on all devices, of models, a state and a tree."""
   models, state, _ = cell.specs(cell.models)
   return cell.spread(
-    lambda m, s, t: _verify(m, (s, t, None), cell.config)[1:],
+    lambda m, s, t: _verify(m, s, t, cell.config),
     (models, state, ROWS),
-    (ROWS, _kept_specs(cell)),
+    (ROWS, _scores_specs(cell), ROWS),
   )
 
 
 def committing(cell: Cell) -> Piece:
   """Writing a path into all caches, and the drafters' context."""
-  config = cell.config
-  tree, (features, kv, verdict) = _verified(cell)
+  state = cell.state(cell.models)
+  tree = cell.tree(cell.config.tree.num_nodes)
+  verified = jax.jit(_verifying(cell))(cell.models, state, tree)
 
-  def step(models, state, inputs):
-    tree, features, kv, verdict = inputs
-    scores = TargetOutput(logits=jnp.zeros((0,)), features=features, kv=kv)
-    lengths = state.lengths
-    return _rewind(commit(models, state, tree, scores, verdict), lengths)
+  def step(models, state, verified):
+    return _rewind(commit(models, state, *verified), state.lengths)
 
-  path = config.tree.branch_size
+  path = cell.config.tree.branch_size
   return Piece(
     step=step,
     models=cell.models,
     carry=cell.state(cell.models),
-    inputs=(tree, features, kv, verdict),
-    specs=cell.specs(cell.models, inputs=(ROWS, *_kept_specs(cell))),
+    inputs=verified,
+    specs=cell.specs(cell.models, inputs=(ROWS, _scores_specs(cell), ROWS)),
     works=(commit_work(cell.models, cell.batch, path),),
     uses=cell.context_uses(path),
   )
-
-
-def _verified(cell: Cell) -> Any:
-  """What a verification leaves behind."""
-  state = cell.state(cell.models)
-  tree = cell.tree(cell.config.tree.num_nodes)
-  return jax.jit(_verifying(cell))(cell.models, state, tree)
 
 
 def pieces(config: BenchConfig) -> dict[str, Callable[[Models], Piece]]:

@@ -42,21 +42,28 @@ def decode_cycle(
     The state after the cycle.
   """
   tree = policy.build(models, state, config)
-  score = functools.partial(_score, models, state, sampling)
+  choose = functools.partial(score, models, state, sampling)
   if policy.may_abstain:
     drafted = tree.valid[:, 1:] & ~state.finished[:, None]
-    alone = lambda tree: _score_anchor(score, tree)
-    choices, scores = jax.lax.cond(models.any(drafted), score, alone, tree)
+    alone = lambda tree: _score_anchor(choose, tree)
+    choices, scores = jax.lax.cond(models.any(drafted), choose, alone, tree)
   else:
-    choices, scores = score(tree)
+    choices, scores = choose(tree)
   verdict = longest_accepted_path(tree, choices, policy.max_path(config))
   return commit(models, state, tree, scores, verdict)
 
 
-def _score(
+def score(
   models: Models, state: DecodeState, sampling: Sampling, tree: PrefixTree
 ) -> tuple[Int[Array, "B R"], TargetOutput]:
-  """The target's choice after every node, and its pass without the logits."""
+  """The target's choice after every node, and its pass without the logits.
+
+  Args:
+    models: see `decode_cycle`.
+    state: see there.
+    sampling: see there.
+    tree: the candidates.
+  """
   scores = models.target.score_tree(
     tree, state.target_cache, state.lengths, models.taps
   )
@@ -71,11 +78,11 @@ def _score(
 
 
 def _score_anchor(
-  score: Callable[[PrefixTree], tuple[Int[Array, "B R"], TargetOutput]],
+  choose: Callable[[PrefixTree], tuple[Int[Array, "B R"], TargetOutput]],
   tree: PrefixTree,
 ) -> tuple[Int[Array, "B R"], TargetOutput]:
   """As `score`, of the anchor only; zeros stand for all other nodes."""
-  choices, scores = score(jax.tree.map(lambda x: x[:, :1], tree))
+  choices, scores = choose(jax.tree.map(lambda x: x[:, :1], tree))
   missing = tree.tokens.shape[1] - 1
 
   def pad(x: Array, axis: int) -> Array:
