@@ -317,7 +317,7 @@ def test_plans_cover_the_rows_and_fit_the_chip(rows, pairs, size, dim):
   [
     # Eight key heads, four query heads each: a tile of rows to a block where
     # multiprocessors would idle, two where each has many steps.
-    *[(1, 8, 1024, (1, 1, 128, 9)), (16, 8, 1024, (1, 1, 128, 9))],
+    *[(1, 8, 1024, (1, 1, 64, 9)), (16, 8, 1024, (1, 1, 64, 9))],
     *[(64, 8, 1024, (1, 4, 64, 4)), (80, 8, 1024, (1, 5, 128, 3))],
     (80, 8, 32_768, (2, 3, 128, 5)),
     # Of fewer key heads, as a device of a mesh has, more splits: there is room.

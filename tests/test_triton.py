@@ -15,7 +15,7 @@ import tiny
 from d2sd_jax import Models, Sampling, TreeConfig, generate
 from d2sd_jax.decoding.placement import put_drafter
 from d2sd_jax.io import hf_tensors
-from d2sd_jax.kernels import rotary, transposed, triton
+from d2sd_jax.kernels import rms_norm, rotary, transposed, triton
 from d2sd_jax.kernels.cascade_attention import Heads, cascade_attention
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.kernels.cascade_attention.merge_triton import merge
@@ -80,15 +80,47 @@ def test_which_caches_are_written_so():
     assert not fits((cache, cache.astype(jnp.bfloat16)), (rows,) * 2)
 
 
+# Less than a load; a load and a piece; two loads.
+@pytest.mark.parametrize(
+  ("shape", "dtype"),
+  [
+    ((1, 2, 64), jnp.bfloat16),
+    ((2, 5, 576), jnp.float32),
+    ((3, 8192), jnp.bfloat16),
+  ],
+)
+def test_rows_are_normed(kernels, shape, dtype):
+  x, weight = _draw(shape[-1], shape, shape[-1:], dtype=dtype)
+  exact = oracles.rms_norm(np.float64(x), np.float64(weight), 0.25)
+  assert rms_norm.fits(x)
+  got = rms_norm.rms_norm_rows(x, weight, 0.25)
+  assert got.dtype == dtype
+  tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+  np.testing.assert_allclose(np.float64(got), exact, tolerance, 1e-6)
+
+
+def test_which_rows_are_normed_so():
+  x = jnp.zeros((2, 64, 16))
+  assert not rms_norm.fits(x)
+  with triton.interpreter():
+    assert rms_norm.fits(x)
+    assert not rms_norm.fits(jnp.zeros((129, 16)))
+    assert not rms_norm.fits(x[:0])
+
+
+# Programs of one head; of eight, queries and keys.
+@pytest.mark.parametrize("programs", [1000, 1])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_norm_and_rotation(kernels, normed, dtype):
-  heads, query, key = _draw(3, (2, 3, 5, 9, 16), (16,), (16,), dtype=dtype)
+def test_norm_and_rotation(kernels, monkeypatch, programs, normed, dtype):
+  monkeypatch.setattr(rotary, "MOST_PROGRAMS", programs)
+  jax.clear_caches()
+  heads, query, key = _draw(3, (2, 3, 5, 11, 16), (16,), (16,), dtype=dtype)
   (angles,) = _draw(4, (2, 3, 5, 8))
-  exact, turn = np.asarray(heads[..., :7, :], np.float64), np.float64(angles)
+  exact, turn = np.asarray(heads[..., :8, :], np.float64), np.float64(angles)
   if normed:
     scale = np.sqrt((exact**2).mean(-1, keepdims=True) + 0.25)
-    weights = np.stack([np.float64(query)] * 5 + [np.float64(key)] * 2)
+    weights = np.stack([np.float64(query)] * 5 + [np.float64(key)] * 3)
     exact = exact / scale * weights
   turned = exact[..., :8] + 1j * exact[..., 8:]
   turned = turned * np.exp(1j * turn)[..., None, :]
@@ -99,7 +131,7 @@ def test_norm_and_rotation(kernels, normed, dtype):
     (query, key) if normed else None,
     0.25,
     num_heads=5,
-    num_kv_heads=2,
+    num_kv_heads=3,
   )
   assert got.dtype == dtype
   tolerance = 1e-5 if dtype == jnp.float32 else 2**-7

@@ -151,4 +151,6 @@ class Cell:
     width = values.shape[1 if isinstance(matrix, Transposed) else 0]
     # Of its left side only rows, width and dtype matter.
     x: Any = jax.ShapeDtypeStruct((count, width), self.config.dtype_name)
-    return Use(name, products.default_implementation(x, matrix), times)
+    gated = name.endswith("gate_up_proj")
+    runs = products.default_implementation(x, matrix, gated=gated)
+    return Use(name, runs, times)

@@ -15,6 +15,8 @@ from d2sd_jax.typing import Array, Float
 
 # More are a prefill's, whose work is not launches.
 MOST_ROWS = 128
+# Of more programs the last begin late, so each has some heads, a power of two.
+MOST_PROGRAMS, MOST_HEADS = 1024, 8
 
 
 def fits(heads: Float[Array, "*positions heads H"]) -> bool:
@@ -59,32 +61,40 @@ def queries_and_keys(
     jnp.broadcast_to(x, (*positions, half)).reshape(-1, half)
     for x in (cos, sin)
   ]
-  own = pl.BlockSpec((None, None, head_dim), lambda row, i: (row, i, 0))
+  each = _heads_each(len(heads), rotated)
+  own = pl.BlockSpec((None, each, head_dim), lambda row, i: (row, i, 0))
   angle = pl.BlockSpec((None, half), lambda row, _: (row, 0))
   norm = pl.BlockSpec((head_dim,), lambda *_: (0,))
   out = triton.call(
     functools.partial(_kernel, eps=eps, num_heads=num_heads),
-    grid=(len(heads), rotated),
+    grid=(len(heads), rotated // each),
     in_specs=[own, angle, angle, *([norm] * 2 if norms else [])],
     out_specs=own,
     out_shape=jax.ShapeDtypeStruct(
       (len(heads), rotated, head_dim), heads.dtype
     ),
-    warps=1,
+    warps=max(1, each // 2),
     name="norm_and_rotate",
   )(heads, *angles, *(norms or ()))
   return out.reshape(*positions, rotated, head_dim)
 
 
-def _kernel(head_ref, cos_ref, sin_ref, *refs, eps, num_heads):
-  """One head of one node, its two halves apart."""
+def _heads_each(rows: int, heads: int) -> int:
+  """How many heads a program has: one, until programs are too many."""
+  return math.gcd(heads, MOST_HEADS) if rows * heads > MOST_PROGRAMS else 1
+
+
+def _kernel(heads_ref, cos_ref, sin_ref, *refs, eps, num_heads):
+  """Some heads of one node, their two halves apart."""
   *norm_refs, out_ref = refs
-  half = len(cos_ref)
+  each, half = len(heads_ref), len(cos_ref)
   halves = (pl.ds(0, half), pl.ds(half, half))
-  a, b = (head_ref[at].astype(jnp.float32) for at in halves)
+  a, b = (heads_ref[:, at].astype(jnp.float32) for at in halves)
   if norm_refs:
-    scale = jax.lax.rsqrt((a * a + b * b).sum() / (2 * half) + eps)
-    is_query = pl.program_id(1) < num_heads
+    squares = (a * a + b * b).sum(1, keepdims=True)
+    scale = jax.lax.rsqrt(squares / (2 * half) + eps)
+    own = pl.program_id(1) * each + jnp.arange(each)
+    is_query = (own < num_heads)[:, None]
     query, key = norm_refs
     a, b = (
       x * scale * jnp.where(is_query, query[at], key[at]).astype(jnp.float32)
@@ -93,4 +103,4 @@ def _kernel(head_ref, cos_ref, sin_ref, *refs, eps, num_heads):
   cos, sin = cos_ref[...], sin_ref[...]
   turned = (a * cos - b * sin, b * cos + a * sin)
   for at, x in zip(halves, turned, strict=True):
-    out_ref[at] = x.astype(out_ref.dtype)
+    out_ref[:, at] = x.astype(out_ref.dtype)

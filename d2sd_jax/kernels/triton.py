@@ -81,6 +81,20 @@ def lowered_once(*static: str) -> Callable[[_F], _F]:
   return wrap
 
 
+def pieces(width: int, most: int) -> Iterator[tuple[int, int]]:
+  """First elements and sizes, powers of two, as Triton's loads are.
+
+  Args:
+    width: elements of a row.
+    most: of a piece, a power of two.
+  """
+  start = 0
+  while start < width:
+    count = min(most, 1 << (width - start).bit_length() - 1)
+    yield start, count
+    start += count
+
+
 @contextlib.contextmanager
 def interpreter() -> Iterator[None]:
   """Runs the kernels that are traced inside on a CPU, by Pallas's interpreter.

@@ -19,8 +19,9 @@ from einops import rearrange
 from flax import nnx
 
 from d2sd_jax.config import DrafterConfig
-from d2sd_jax.kernels.linear import linear, rms_norm
+from d2sd_jax.kernels.linear import linear
 from d2sd_jax.kernels.quantized import quantize
+from d2sd_jax.kernels.rms_norm import rms_norm
 from d2sd_jax.kernels.transposed import Transposed, as_stored
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (

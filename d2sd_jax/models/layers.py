@@ -14,7 +14,8 @@ from d2sd_jax.kernels.cascade_attention import (
   cascade_attention,
 )
 from d2sd_jax.kernels.device import runs_tpu_kernels
-from d2sd_jax.kernels.linear import linear, rms_norm
+from d2sd_jax.kernels.linear import linear
+from d2sd_jax.kernels.rms_norm import rms_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.models.experts import Experts, mix_experts
 from d2sd_jax.models.rope import RopeScaling, cos_sin, rotate

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from d2sd_jax.config import TargetConfig
 from d2sd_jax.kernels.cascade_attention import CAUSAL, LocalMask
 from d2sd_jax.kernels.dot import dot_float32
-from d2sd_jax.kernels.linear import rms_norm
+from d2sd_jax.kernels.rms_norm import rms_norm
 from d2sd_jax.models.cache import KVCache
 from d2sd_jax.models.layers import (
   LayerWeights,

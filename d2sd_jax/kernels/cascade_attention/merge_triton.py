@@ -59,7 +59,7 @@ def merge(
     out_shape=jax.ShapeDtypeStruct(
       (batch, nodes, kv_heads * share, head_dim), dtype
     ),
-    warps=2,
+    warps=4,
     name="merge",
   )(outputs, logs)
 

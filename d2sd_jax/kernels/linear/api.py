@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.linear import few_rows, lone_row, streamed
+from d2sd_jax.kernels.rms_norm import fits, rms_norm, rms_norm_rows
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
@@ -18,15 +19,6 @@ _KERNELS: dict[str, Any] = {
   "streamed": streamed,
 }
 IMPLEMENTATIONS = (*_KERNELS, "xla")
-
-
-def rms_norm(
-  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
-) -> Float[Array, "... D"]:
-  """RMSNorm in float32, returned in `x`'s dtype."""
-  wide = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-  return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
 
 
 def linear(
@@ -58,7 +50,7 @@ def linear(
     UsageError: no such implementation, or one that cannot run this.
     TypeError, ValueError: the shapes do not fit each other.
   """
-  name = implementation or default_implementation(x, matrix)
+  name = implementation or default_implementation(x, matrix, gated=gated)
   require(name in IMPLEMENTATIONS, "implementation", name, str(IMPLEMENTATIONS))
   if name in _KERNELS:
     kernel = _KERNELS[name]
@@ -66,7 +58,10 @@ def linear(
     require(reason is None, "implementation", name, f"{reason} for it")
     stored = matrix.stored  # type: ignore[union-attr]
     return kernel.linear(x, stored, norm, eps, gated, residual)
-  x = x if norm is None else rms_norm(x, norm, eps)
+  if norm is not None:
+    # A matrix that is not transposed may be in training.
+    decoding = isinstance(matrix, Transposed) and fits(x)
+    x = (rms_norm_rows if decoding else rms_norm)(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:
     gate, up = jnp.split(y, 2, axis=-1)
@@ -74,12 +69,17 @@ def linear(
   return y if residual is None else (residual + y).astype(x.dtype)
 
 
-def default_implementation(x: Array, matrix: Array | Transposed) -> str:
+def default_implementation(
+  x: Array, matrix: Array | Transposed, *, gated: bool = False
+) -> str:
   """What runs where none is forced: a kernel that wins here, or `xla`.
 
   Args:
     x: as for `linear`; shapes and dtypes are enough.
     matrix: likewise.
+    gated: as for `linear`.
   """
-  names = (name for name, kernel in _KERNELS.items() if kernel.wins(x, matrix))
-  return next(names, "xla")
+  for name, kernel in _KERNELS.items():
+    if kernel.wins(x, matrix, gated=gated):
+      return name
+  return "xla"

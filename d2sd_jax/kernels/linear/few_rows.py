@@ -70,12 +70,13 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
   return None
 
 
-def wins(x: Array, matrix: Array | Transposed) -> bool:
+def wins(x: Array, matrix: Array | Transposed, *, gated: bool = False) -> bool:
   """Whether this is the default: where it can run, and the matrix is small.
 
   Args:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
+    gated: makes no difference.
   """
   if why_not(x, matrix) is not None:
     return False

@@ -9,7 +9,6 @@ warp and has one number to find: many of them hide each other's waits.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,12 +46,13 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
   return None if x.size == x.shape[-1] else "one row alone"
 
 
-def wins(x: Array, matrix: Array | Transposed) -> bool:
+def wins(x: Array, matrix: Array | Transposed, *, gated: bool = False) -> bool:
   """Whether this is the default: where it can run, and the matrix is small.
 
   Args:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
+    gated: makes no difference.
   """
   if why_not(x, matrix) is not None:
     return False
@@ -112,7 +112,7 @@ def _kernel(*refs, eps):
   parts, _, width = matrix_ref.shape
   # Sums that are as wide are summed before they are summed up.
   wide: dict[int, list[Any]] = {}
-  for start, count in _columns(width):
+  for start, count in triton.pieces(width, MOST_COLUMNS):
     at = pl.ds(start, count)
     x = x_ref[at].astype(jnp.float32)
     factors = x if eps is None else x * norm_ref[at].astype(jnp.float32)
@@ -131,12 +131,3 @@ def _kernel(*refs, eps):
   if refs:
     out = out + refs[0][...].astype(jnp.float32)
   out_ref[...] = out.astype(out_ref.dtype)
-
-
-def _columns(width: int) -> Iterator[tuple[int, int]]:
-  """The row in pieces, each a power of two, as Triton's loads are."""
-  start = 0
-  while start < width:
-    count = min(MOST_COLUMNS, 1 << (width - start).bit_length() - 1)
-    yield start, count
-    start += count

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.linear import few_rows
 from d2sd_jax.kernels.quantized import QuantizedMatrix
+from d2sd_jax.kernels.rms_norm import fits, rms_norm, rms_norm_rows
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
@@ -22,6 +23,8 @@ CHUNK = 8
 TILE = 64
 # No block shares its tile with so few; 16 and more were timed.
 _XLA_ROWS = CHUNK
+# Two blocks to a multiprocessor were faster with 16 to 80, slower with 128.
+_ROWS_OF_TWO = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,24 +66,28 @@ def why_not(x: Array, matrix: Array | Transposed) -> str | None:
   return None
 
 
-def wins(x: Array, matrix: Array | Transposed) -> bool:
+def wins(x: Array, matrix: Array | Transposed, *, gated: bool = False) -> bool:
   """Whether this is the default: where it can run and was faster by much.
 
   That is for more rows than a chunk, and matrices that are not `few_rows`', of
-  a quarter of a tile to a whole one for each multiprocessor: of fewer some
-  would idle, of more some wait for the others' second tiles. (Both halves of a
-  gated product count.)
+  a quarter of a block to a whole one for each multiprocessor: of fewer some
+  would idle, of more some wait for the others' second blocks. Of not too many
+  rows two blocks fit side by side.
 
   Args:
     x: as for `api.linear`.
     matrix: as for `api.linear`.
+    gated: as for `api.linear`; a block then has a tile of each half.
   """
   if why_not(x, matrix) is not None:
     return False
   stored: Array = matrix.stored  # type: ignore[union-attr]
-  tiles, large = stored.shape[0] // TILE, stored.size > few_rows.MOST_ELEMENTS
-  one_wave = hopper.MULTIPROCESSORS <= 4 * tiles <= 4 * hopper.MULTIPROCESSORS
-  return large and one_wave and x.size > _XLA_ROWS * x.shape[-1]
+  count = x.size // x.shape[-1]
+  blocks = stored.shape[0] // (TILE * (2 if gated else 1))
+  most = hopper.MULTIPROCESSORS * (2 if count <= _ROWS_OF_TWO else 1)
+  one_wave = hopper.MULTIPROCESSORS <= 4 * blocks <= 4 * most
+  large = stored.size > few_rows.MOST_ELEMENTS
+  return large and one_wave and count > _XLA_ROWS
 
 
 def linear(
@@ -111,9 +118,9 @@ def linear(
     As many rows, in `x`'s dtype.
   """
   from d2sd_jax.kernels.linear import streamed_kernel
-  from d2sd_jax.kernels.linear.api import rms_norm
 
-  x = x if norm is None else rms_norm(x, norm, eps)
+  if norm is not None:
+    x = (rms_norm_rows if fits(x) else rms_norm)(x, norm, eps)
   parts, width = 2 if gated else 1, x.shape[-1]
   size, count = stored.shape[0] // parts, x.size // width
   padded = -(-count // CHUNK) * CHUNK
@@ -142,14 +149,16 @@ def choose_plan(count: int, size: int, width: int, parts: int) -> Plan:
     width: columns of `x`.
     parts: 2 if gated, else 1.
   """
-  idle = 2 * (size // TILE) <= hopper.MULTIPROCESSORS
+  blocks = size // TILE
+  idle = 2 * blocks <= hopper.MULTIPROCESSORS
   halves = 2 if idle and count > CHUNK and width % 128 == 0 else 1
+  each = 2 if 1 < blocks / hopper.MULTIPROCESSORS <= 2 else 1
   # Of shared memory, a little is for barriers and for the system.
   left = ((halves - 1) * parts * 4 + 2) * TILE * half_sizes(count, halves)[0]
   left += 2048
   for columns in (128, 64) if width % (halves * 128) == 0 else (64,):
     step = columns * 2 * (parts * TILE + count)
-    stages = (hopper.SHARED_MEMORY - left) // step
+    stages = (hopper.SHARED_MEMORY // each - left) // step
     stages = min(stages, width // (halves * columns))
     if stages >= 3:
       break
