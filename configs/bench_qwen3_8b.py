@@ -4,7 +4,7 @@
 
 It is meant for one GPU of 141 GB. Of 16 rows and 32,768 keys, verification and
 cycle need more of it than JAX takes by default: set
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (the cycle has not run yet). All others fit
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 (the cycle has not run so). All others fit
 in 80. Expect half an hour for everything; `--minutes=9` measures what fits in
 nine, and the same command goes on from there.
 """

@@ -198,7 +198,7 @@ def test_what_the_document_says_of_itself():
     ("its cycle, two", 16, "16 %"),
     ("the same cycle, four", 36, "36 and 26 %"),
     ("its cycle, four", 26, "36 and 26 %"),
-    ("Qwen3-8B, `ar`, H200", -15, "15 %"),
+    ("Qwen3-8B, `ar`, H200", -17, "17 %"),
     ("the same, four of one host", -4, "4 to 9 %"),
     ("the same, two of one host", -9, "4 to 9 %"),
     ("its `ar`, two", -8, "4 to 9 %"),

@@ -188,7 +188,7 @@ def _checks() -> str:
   larger = dataclasses.replace(on_h200, shape=QWEN3_32B)
   shared = lambda plan, count: dataclasses.replace(plan, tensor=count)
   rows = (
-    ("Qwen3-8B, `ar`, H200", step_seconds(on_h200), "5.2, now 4.38"),
+    ("Qwen3-8B, `ar`, H200", step_seconds(on_h200), "5.2, now 4.30"),
     (
       "the same, two of one host",
       step_seconds(shared(on_h200, 2)),
@@ -199,17 +199,17 @@ def _checks() -> str:
       step_seconds(shared(on_h200, 4)),
       "5.04, now 3.04",
     ),
-    ("Qwen3-8B, a cycle of `d2sd`, H200", d2sd_seconds(on_h200), "7.38"),
+    ("Qwen3-8B, a cycle of `d2sd`, H200", d2sd_seconds(on_h200), "7.38, now 6.78"),
     ("the same cycle, two", d2sd_seconds(shared(on_h200, 2)), "6.90"),
     ("the same cycle, four", d2sd_seconds(shared(on_h200, 4)), "6.31"),
-    ("Qwen3-32B, `ar`, H200", step_seconds(larger), "17.34"),
+    ("Qwen3-32B, `ar`, H200", step_seconds(larger), "17.34, now 17.04"),
     ("its `ar`, two", step_seconds(shared(larger, 2)), "10.66"),
     ("its `ar`, four", step_seconds(shared(larger, 4)), "7.20"),
-    ("Qwen3-32B, a cycle of `d2sd`, H200", d2sd_seconds(larger), "23.55"),
+    ("Qwen3-32B, a cycle of `d2sd`, H200", d2sd_seconds(larger), "23.55, now 22.73"),
     ("its cycle, two", d2sd_seconds(shared(larger, 2)), "17.21"),
     ("its cycle, four", d2sd_seconds(shared(larger, 4)), "13.58"),
     ("Qwen3-8B, 80 rows, attention in XLA, H200", in_xla, "7.1 to 7.3"),
-    ("80 rows, H200", target_seconds(on_h200, nodes), "5.42, now 5.28"),
+    ("80 rows, H200", target_seconds(on_h200, nodes), "5.42, now 4.99"),
     ("Qwen3-8B, a cycle of `d2sd`, H100", d2sd_seconds(on_h100), "10.95"),
     ("SmolLM2, `ar`, H100", step_seconds(small), "1.33"),
     ("SmolLM2, `dflash`, H100", dflash_seconds(small), "1.20"),
