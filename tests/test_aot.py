@@ -74,6 +74,8 @@ def _check_cycle(chip, compiled, args):
   if chip == "h200":
     # Attention, and all products of the target: drafters are in int8.
     kernels = layers + 4 * chips.LAYERS
+    # Two norms a layer, of drafters too.
+    assert Counter(re.findall(_PALLAS, hlo))["rms_norm"] == 2 * layers
     assert hlo.count('custom_call_target="mosaic_gpu') == kernels
   else:
     assert chips.calls(hlo, "cascade_attention") == layers
@@ -151,6 +153,7 @@ def test_one_row_takes_few_launches(sizes, small):
   layers = len(models.target.layers)
   calls = Counter(re.findall(_PALLAS, hlo))
   assert calls["lone_row"] == (4 * layers if small else 0)
+  assert calls["rms_norm"] == 0
   assert calls["norm_and_rotate"] == calls["merge"] == layers
   assert calls["write_all"] == 1
   # Where it has a kernel, nothing else knows a layer's matrices.

@@ -297,6 +297,23 @@ def test_data_is_random_and_a_step_leaves_the_length(config):
   assert written.any(axis=(1, 3)).sum(axis=1).tolist() == [5, 5, 5]
 
 
+def test_a_verification_writes_its_path(config):
+  name = f"verify_{config.verify_nodes[0]}/{config.batches[0]}x48"
+  piece = pieces.pieces(config)[name](random_models(config))
+  state, tree, _ = piece.carry
+  after, chosen, (features, verdict) = jax.jit(piece.step)(
+    piece.models, piece.carry, piece.inputs
+  )
+  assert after.lengths.tolist() == state.lengths.tolist()
+  assert chosen.parents.tolist() == tree.parents.tolist()
+  assert features.shape[:2] == tree.tokens.shape
+  before, written = state.target_cache.keys[-1], after.target_cache.keys[-1]
+  rows = np.asarray(before != written).any(axis=(1, 3))
+  for row, length in zip(rows, state.lengths.tolist(), strict=True):
+    path = verdict.path.shape[1]
+    assert np.flatnonzero(row).tolist() == [length + i for i in range(path)]
+
+
 def test_a_random_tree_is_a_tree(config):
   tree = random_tree(config, 2, 50)
   parents, depths = np.asarray(tree.parents[0]), np.asarray(tree.depths[0])
@@ -311,7 +328,7 @@ def test_mistakes_are_named(tmp_path):
     bench.main(["--config=bench_tiny", "--rows=nothing"])
   for key, value in (
     *(("batches", "(0,)"), ("caches", "(5,)"), ("repeats", 0)),
-    ("implementation", "nope"),
+    *(("implementation", "nope"), ("head_dim", 7)),
   ):
     with pytest.raises(UsageError, match=f"{key}="):
       bench.main(["--config=bench_tiny", f"--config.{key}={value}"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from products import EPS, check, operands
 
-from d2sd_jax.kernels import hopper
+from d2sd_jax.kernels import hopper, triton
 from d2sd_jax.kernels.linear import linear, streamed
 from d2sd_jax.kernels.transposed import Transposed
 
@@ -35,22 +35,25 @@ def test_one_block(capsys, count, width, size, columns, stages, around):
   around = AROUND | around
   given = operands(count, width, size, **around)
   x, stored, norm, residual = given
-  got = streamed.linear(
-    *(x, stored, norm, EPS, around["gated"], residual),
-    plan=streamed.Plan(halves=1, columns=columns, stages=stages),
-    interpret=plgpu.InterpretGPUParams(detect_races=True),
-  )
+  # The norm before it, too.
+  with triton.interpreter():
+    got = streamed.linear(
+      *(x, stored, norm, EPS, around["gated"], residual),
+      plan=streamed.Plan(halves=1, columns=columns, stages=stages),
+      interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )
   check(got, *given, around["gated"])
   # Races are told, no more; waits for wgmmas are up to `test_on_a_gpu`.
   assert "RACE" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("count", [8, 16, 24, 64, 72, 80, 120, 128])
+@pytest.mark.parametrize("count", [8, 16, 24, 64, 72, 80, 96, 120, 128])
 @pytest.mark.parametrize(
   ("size", "width", "parts"),
   [
     *[(6144, 4096, 1), (4096, 4096, 1), (12_288, 4096, 2), (4096, 12_288, 1)],
     *[(4096, 20_480, 1), (10_240, 5120, 1), (25_600, 5120, 2), (64, 576, 1)],
+    (10_240, 4096, 1),
   ],
 )
 def test_plans_cover_all_and_fit(count, size, width, parts):
@@ -73,7 +76,7 @@ def test_plans_cover_all_and_fit(count, size, width, parts):
 @pytest.mark.parametrize(
   ("count", "width", "size", "wins"),
   [
-    # Qwen3-8B's four products and head.
+    # Qwen3-8B's products and head; gate and up as if it had no gate.
     *[(72, 4096, 6144, True), (72, 4096, 4096, True), (72, 12_288, 4096, True)],
     *[(72, 4096, 24_576, False), (72, 4096, 151_936, False)],
     # A draft's rows, too few, too many, a matrix of `few_rows`, q/k/v's fourth.

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import types
 from collections import Counter
 
@@ -19,6 +20,7 @@ from d2sd_jax.kernels import rms_norm, rotary, transposed, triton
 from d2sd_jax.kernels.cascade_attention import Heads, cascade_attention
 from d2sd_jax.kernels.cascade_attention.api import default_implementation
 from d2sd_jax.kernels.cascade_attention.merge_triton import merge
+from d2sd_jax.kernels.linear import linear
 from d2sd_jax.kernels.write_all import fits
 from d2sd_jax.models.cache import KVCache, commit_path
 from d2sd_jax.timing import custom_calls
@@ -104,23 +106,57 @@ def test_which_rows_are_normed_so():
   assert not rms_norm.fits(x)
   with triton.interpreter():
     assert rms_norm.fits(x)
+    assert not rms_norm.fits(x[:1, :1])
     assert not rms_norm.fits(jnp.zeros((129, 16)))
     assert not rms_norm.fits(x[:0])
 
 
-# Programs of one head; of eight, queries and keys.
-@pytest.mark.parametrize("programs", [1000, 1])
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_product_of_rows_has_them_normed_so(interpreted, rows):
+  x, norm, stored = _draw(rows, (rows, 24), (24,), (7, 24))
+  exact = oracles.rms_norm(*map(np.float64, (x, norm)), 0.25)
+  run = functools.partial(linear, x, norm=norm, eps=0.25)
+  decoding, training = transposed.Transposed(stored=stored), stored.T
+  for matrix, name, times in (
+    (training, None, 0),
+    (decoding, "xla", 0),
+    (decoding, None, 1),
+  ):
+    got = run(matrix, implementation=name)
+    np.testing.assert_allclose(got, exact @ np.float64(stored).T, 1e-4, 1e-4)
+    assert interpreted["rms_norm"] == times
+  # What may be trained has a gradient.
+  for matrix, name in ((training, None), (decoding, "xla")):
+    loss = lambda x, m=matrix, n=name: linear(
+      x, m, norm=norm, implementation=n
+    ).sum()
+    assert np.isfinite(jax.grad(loss)(x)).all()
+
+
+def test_programs_of_one_head_or_some():
+  assert [rotary._heads_each(rows, 40) for rows in (1, 25, 26, 80)] == [
+    1,
+    1,
+    8,
+    8,
+  ]
+  assert rotary._heads_each(120, 12) == 4
+
+
+# 16 heads of which a program has one; two of eight; four of four.
+@pytest.mark.parametrize(("programs", "most"), [(1000, 8), (1, 8), (1, 4)])
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_norm_and_rotation(kernels, monkeypatch, programs, normed, dtype):
+def test_norm_and_rotation(kernels, monkeypatch, programs, most, normed, dtype):
   monkeypatch.setattr(rotary, "MOST_PROGRAMS", programs)
+  monkeypatch.setattr(rotary, "MOST_HEADS", most)
   jax.clear_caches()
-  heads, query, key = _draw(3, (2, 3, 5, 11, 16), (16,), (16,), dtype=dtype)
+  heads, query, key = _draw(3, (2, 3, 5, 19, 16), (16,), (16,), dtype=dtype)
   (angles,) = _draw(4, (2, 3, 5, 8))
-  exact, turn = np.asarray(heads[..., :8, :], np.float64), np.float64(angles)
+  exact, turn = np.asarray(heads[..., :16, :], np.float64), np.float64(angles)
   if normed:
     scale = np.sqrt((exact**2).mean(-1, keepdims=True) + 0.25)
-    weights = np.stack([np.float64(query)] * 5 + [np.float64(key)] * 3)
+    weights = np.stack([np.float64(query)] * 11 + [np.float64(key)] * 5)
     exact = exact / scale * weights
   turned = exact[..., :8] + 1j * exact[..., 8:]
   turned = turned * np.exp(1j * turn)[..., None, :]
@@ -130,8 +166,8 @@ def test_norm_and_rotation(kernels, monkeypatch, programs, normed, dtype):
     *(heads, jnp.cos(angles), jnp.sin(angles)),
     (query, key) if normed else None,
     0.25,
-    num_heads=5,
-    num_kv_heads=3,
+    num_heads=11,
+    num_kv_heads=5,
   )
   assert got.dtype == dtype
   tolerance = 1e-5 if dtype == jnp.float32 else 2**-7

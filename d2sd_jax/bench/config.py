@@ -97,6 +97,8 @@ class BenchConfig:
       require(value in known, field, value, f"one of {names}")
     check_seconds(self.seconds)
     self._check_mesh()
+    # What does not fit together is refused there.
+    _ = self.target, self.drafter
 
   def _check_mesh(self):
     sizes = self.mesh_sizes

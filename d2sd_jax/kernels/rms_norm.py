@@ -14,7 +14,8 @@ from d2sd_jax.typing import Array, Float
 
 # More are a prefill's, whose work is not launches.
 MOST_ROWS = 128
-# Elements of a row that one load takes, at most, and that a warp has.
+# Elements of a row that one load takes, at most; from how many on it has one
+# more warp, up to eight.
 MOST_COLUMNS, WARP_COLUMNS = 4096, 512
 
 
@@ -25,6 +26,13 @@ def rms_norm(
   wide = x.astype(jnp.float32)
   scale = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
   return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def decoding_norm(
+  x: Float[Array, "... D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+  """As `rms_norm`, by whatever is fastest here; it may have no gradient."""
+  return (rms_norm_rows if fits(x) else rms_norm)(x, weight, eps)
 
 
 def fits(x: Float[Array, "... D"]) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from d2sd_jax.errors import require
 from d2sd_jax.kernels.dot import matmul
 from d2sd_jax.kernels.linear import few_rows, lone_row, streamed
-from d2sd_jax.kernels.rms_norm import fits, rms_norm, rms_norm_rows
+from d2sd_jax.kernels.rms_norm import decoding_norm, rms_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
@@ -41,7 +41,8 @@ def linear(
     gated: the product's first half, g, gates its second half, u.
     residual: added to the result; `None` is nothing.
     implementation: one of `IMPLEMENTATIONS`; `None` chooses by device, dtype
-      and sizes. Only `xla` has a gradient: the others are for decoding.
+      and sizes. Only `xla` has a gradient, and what is chosen for a matrix that
+      is not transposed: all else is for decoding.
 
   Returns:
     As wide as the matrix, or half as wide if `gated`, in `x`'s dtype.
@@ -60,8 +61,8 @@ def linear(
     return kernel.linear(x, stored, norm, eps, gated, residual)
   if norm is not None:
     # A matrix that is not transposed may be in training.
-    decoding = isinstance(matrix, Transposed) and fits(x)
-    x = (rms_norm_rows if decoding else rms_norm)(x, norm, eps)
+    decoding = implementation is None and isinstance(matrix, Transposed)
+    x = (decoding_norm if decoding else rms_norm)(x, norm, eps)
   y = matmul("...d,do->...o", x, matrix)
   if gated:
     gate, up = jnp.split(y, 2, axis=-1)

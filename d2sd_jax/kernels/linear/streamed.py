@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from d2sd_jax.kernels import hopper
 from d2sd_jax.kernels.linear import few_rows
 from d2sd_jax.kernels.quantized import QuantizedMatrix
-from d2sd_jax.kernels.rms_norm import fits, rms_norm, rms_norm_rows
+from d2sd_jax.kernels.rms_norm import decoding_norm
 from d2sd_jax.kernels.transposed import Transposed
 from d2sd_jax.typing import Array, Float
 
@@ -23,7 +23,8 @@ CHUNK = 8
 TILE = 64
 # No block shares its tile with so few; 16 and more were timed.
 _XLA_ROWS = CHUNK
-# Two blocks to a multiprocessor were faster with 16 to 80, slower with 128.
+# Of 16 to 80 two blocks to a multiprocessor took less than XLA or, with 64 rows
+# of gate and up, as long; of 128 more.
 _ROWS_OF_TWO = 96
 
 
@@ -71,8 +72,8 @@ def wins(x: Array, matrix: Array | Transposed, *, gated: bool = False) -> bool:
 
   That is for more rows than a chunk, and matrices that are not `few_rows`', of
   a quarter of a block to a whole one for each multiprocessor: of fewer some
-  would idle, of more some wait for the others' second blocks. Of not too many
-  rows two blocks fit side by side.
+  would idle, of more some wait for the others' second blocks. With not too many
+  rows it is up to two, side by side.
 
   Args:
     x: as for `api.linear`.
@@ -119,8 +120,7 @@ def linear(
   """
   from d2sd_jax.kernels.linear import streamed_kernel
 
-  if norm is not None:
-    x = (rms_norm_rows if fits(x) else rms_norm)(x, norm, eps)
+  x = x if norm is None else decoding_norm(x, norm, eps)
   parts, width = 2 if gated else 1, x.shape[-1]
   size, count = stored.shape[0] // parts, x.size // width
   padded = -(-count // CHUNK) * CHUNK
