@@ -74,8 +74,9 @@ def _check_cycle(chip, compiled, args):
   if chip == "h200":
     # Attention, and all products of the target: drafters are in int8.
     kernels = layers + 4 * chips.LAYERS
-    # Two norms a layer, of drafters too.
-    assert Counter(re.findall(_PALLAS, hlo))["rms_norm"] == 2 * layers
+    # Two norms a layer, of drafters too, and one of each drafter's context.
+    norms = Counter(re.findall(_PALLAS, hlo))["rms_norm"]
+    assert norms == 2 * layers + len(args[0].drafters)
     assert hlo.count('custom_call_target="mosaic_gpu') == kernels
   else:
     assert chips.calls(hlo, "cascade_attention") == layers
