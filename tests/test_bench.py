@@ -195,20 +195,26 @@ def test_what_should_run_on_an_h200(on_an_h200, weights):
   assert here.context_uses(16)[0] == timing.Use("context fc", first, 2)
 
 
-def test_what_should_run_on_four_h200(on_an_h200):
-  """A fourth of q/k/v is too small for the kernel, of gate and up it is not."""
+@pytest.mark.parametrize(
+  ("devices", "name", "whole", "part"),
+  [
+    (2, "qkv_proj", "streamed", "streamed"),
+    (2, "gate_up_proj", "xla", "streamed"),
+    # A fourth of q/k/v is too small for the kernel, of gate and up it is not.
+    (4, "qkv_proj", "streamed", "xla"),
+    (4, "gate_up_proj", "xla", "streamed"),
+  ],
+)
+def test_what_should_run_on_several_h200(
+  on_an_h200, devices, name, whole, part
+):
   here = _cell_of_8b()
-  mesh = AbstractMesh((1, 4), ("data", "tensor"))
+  mesh = AbstractMesh((1, devices), ("data", "tensor"))
   split = NamedSharding(mesh, PartitionSpec("tensor", None))
-  layer = here.models.target.layers[0]
-  for name, whole, fourth in (
-    ("qkv_proj", "streamed", "xla"),
-    ("gate_up_proj", "xla", "streamed"),
-  ):
-    matrix = getattr(layer, name)
-    assert here._product(name, matrix, 120, 1).implementation == whole
-    part = _placed(matrix, split)
-    assert here._product(name, part, 120, 1).implementation == fourth
+  matrix = getattr(here.models.target.layers[0], name)
+  own = _placed(matrix, split)
+  for held, runs in ((matrix, whole), (own, part)):
+    assert here._product(name, held, 120, 1).implementation == runs
 
 
 def test_steps_depend_on_each_other():

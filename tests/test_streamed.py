@@ -74,30 +74,44 @@ def test_plans_cover_all_and_fit(count, size, width, parts):
 
 
 @pytest.mark.parametrize(
-  ("count", "width", "size", "wins"),
+  ("count", "width", "size", "wins", "gated_wins"),
   [
-    # Qwen3-8B's products and head; gate and up as if it had no gate.
-    *[(72, 4096, 6144, True), (72, 4096, 4096, True), (72, 12_288, 4096, True)],
-    *[(72, 4096, 24_576, False), (72, 4096, 151_936, False)],
-    # A draft's rows, too few, too many, a matrix of `few_rows`, q/k/v's fourth.
-    *[(16, 4096, 6144, True), (9, 4096, 6144, True), (8, 4096, 6144, False)],
-    (129, 4096, 6144, False),
-    *[(72, 1024, 4096, False), (72, 4096, 1536, False)],
-    # Two blocks to a multiprocessor.
-    *[(72, 4096, 12_288, True), (120, 4096, 12_288, False)],
+    # Qwen3-8B's four products (gate and up is twice as long) and head.
+    *[(72, 4096, n, True, True) for n in (6144, 4096, 12_288)],
+    (72, 12_288, 4096, True, True),
+    (72, 4096, 151_936, False, False),
+    # With as many rows two blocks of gate and up do not fit side by side.
+    *[(120, 4096, 6144, True, True), (120, 4096, 12_288, False, False)],
+    # A draft's rows, too few, too many, q/k/v's fourth.
+    *[(16, 4096, 6144, True, True), (9, 4096, 6144, True, True)],
+    *[(8, 4096, 6144, False, False), (129, 4096, 6144, False, False)],
+    (72, 4096, 1536, False, False),
+    # A matrix of `few_rows`, and two of them.
+    (72, 1024, 4096, False, True),
   ],
 )
-def test_where_it_is_the_default(monkeypatch, count, width, size, wins):
+def test_where_it_is_the_default(
+  monkeypatch, count, width, size, wins, gated_wins
+):
   monkeypatch.setattr(hopper, "runs_here", lambda: True)
   bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
   matrix = Transposed(stored=bf16(size, width))
-  assert streamed.wins(bf16(1, count, width), matrix) == wins
-  # Both halves count as the matrix's size, and a block has a tile of each.
   both = Transposed(stored=bf16(2 * size, width))
-  wins = wins or (count, width, size) == (72, 1024, 4096)
-  assert streamed.wins(bf16(1, count, width), both, gated=True) == wins
-  reason = streamed.why_not(bf16(1, count, width), matrix)
+  x = bf16(1, count, width)
+  assert streamed.wins(x, matrix) == wins
+  assert streamed.wins(x, both, gated=True) == gated_wins
+  reason = streamed.why_not(x, matrix)
   assert (reason is None) == (count <= 128)
+
+
+def test_a_gated_product_goes_to_it(monkeypatch):
+  """Of 132 tiles of each half, one for each multiprocessor."""
+  monkeypatch.setattr(hopper, "runs_here", lambda: True)
+  monkeypatch.setattr(streamed, "linear", lambda *_: "streamed")
+  x = jnp.zeros((120, 256), jnp.bfloat16)
+  both = Transposed(stored=jnp.zeros((2 * 132 * 64, 256), jnp.bfloat16))
+  assert linear(x, both, gated=True) == "streamed"
+  assert linear(x, both).shape == (120, 2 * 132 * 64)
 
 
 @needs_kernels

@@ -133,14 +133,12 @@ def test_a_product_of_rows_has_them_normed_so(interpreted, rows):
     assert np.isfinite(jax.grad(loss)(x)).all()
 
 
-def test_programs_of_one_head_or_some():
-  assert [rotary._heads_each(rows, 40) for rows in (1, 25, 26, 80)] == [
-    1,
-    1,
-    8,
-    8,
-  ]
-  assert rotary._heads_each(120, 12) == 4
+@pytest.mark.parametrize(
+  ("rows", "heads", "each"),
+  [(1, 40, 1), (25, 40, 1), (26, 40, 8), (120, 12, 4)],
+)
+def test_programs_of_one_head_or_some(rows, heads, each):
+  assert rotary._heads_each(rows, heads) == each
 
 
 # 16 heads of which a program has one; two of eight; four of four.

@@ -213,9 +213,9 @@ def verification(nodes: int) -> Callable[[Cell], Piece]:
     def step(models, carry, _):
       state, tree, _ = carry
       tree, scores, verdict = _verify(models, state, tree, cell.config)
-      # See `commit`.
-      starts = state.lengths + jnp.minimum(verdict.next_anchor, 0)
-      written = commit_path(state.target_cache, scores.kv, verdict.path, starts)
+      written = commit_path(
+        state.target_cache, scores.kv, verdict.path, state.lengths
+      )
       state = dataclasses.replace(state, target_cache=written)
       return state, tree, (scores.features, verdict)
 
@@ -271,7 +271,7 @@ def committing(cell: Cell) -> Piece:
   return Piece(
     step=step,
     models=cell.models,
-    carry=cell.state(cell.models),
+    carry=state,
     inputs=verified,
     specs=cell.specs(cell.models, inputs=(ROWS, _scores_specs(cell), ROWS)),
     works=(commit_work(cell.models, cell.batch, path),),

@@ -12,8 +12,6 @@ from jax.experimental import pallas as pl
 from d2sd_jax.kernels import triton
 from d2sd_jax.typing import Array, Float
 
-# More are a prefill's, whose work is not launches.
-MOST_ROWS = 128
 # Elements of a row that one load takes, at most; from how many on it has one
 # more warp, up to eight.
 MOST_COLUMNS, WARP_COLUMNS = 4096, 512
@@ -41,7 +39,7 @@ def fits(x: Float[Array, "... D"]) -> bool:
   XLA takes the square sum of one along with the residual sum.
   """
   width = x.shape[-1]
-  return triton.runs_here() and width < x.size <= MOST_ROWS * width
+  return triton.runs_here() and width < x.size <= triton.MOST_ROWS * width
 
 
 @triton.lowered_once("eps")

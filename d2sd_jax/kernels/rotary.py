@@ -13,8 +13,6 @@ from jax.experimental import pallas as pl
 from d2sd_jax.kernels import triton
 from d2sd_jax.typing import Array, Float
 
-# More are a prefill's, whose work is not launches.
-MOST_ROWS = 128
 # Of more programs the last begin late, so each has some heads, a power of two.
 MOST_PROGRAMS, MOST_HEADS = 1024, 8
 
@@ -25,7 +23,7 @@ def fits(heads: Float[Array, "*positions heads H"]) -> bool:
   return (
     triton.runs_here()
     and head_dim & (head_dim - 1) == 0
-    and 0 < math.prod(positions) <= MOST_ROWS
+    and 0 < math.prod(positions) <= triton.MOST_ROWS
   )
 
 

@@ -21,6 +21,9 @@ except ImportError:
   language = None  # type: ignore[assignment]
 
 DEVICE = "an NVIDIA GPU of Ampere or newer, and a JAX with Pallas for Triton"
+# Of a pass that such kernels serve. More are a prefill's: few launches for much
+# work.
+MOST_ROWS = 128
 _F = TypeVar("_F", bound=Callable[..., Any])
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 

@@ -14,8 +14,6 @@ from d2sd_jax.typing import Array, Float, Int
 
 # A kernel's parameters are 4 KB at most, two pointers for each of these.
 MOST_ARRAYS = 240
-# More are a prefill's: few launches for much work.
-MOST_ROWS = 128
 
 
 def fits(
@@ -31,7 +29,7 @@ def fits(
     and len({(c.shape, c.dtype) for c in caches}) == 1
     and count <= caches[0].shape[2]
     and head_dim & (head_dim - 1) == 0
-    and 0 < count <= MOST_ROWS
+    and 0 < count <= triton.MOST_ROWS
   )
 
 
